@@ -1,0 +1,134 @@
+"""Fixtures shared by all tests: a tiny policy, its tokenizer, and a trainer around them, on CPU and in seconds."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+
+VOCABULARY = ["<pad>", "<eos>", *"0123456789+-=? abcdefghijklmnop"]
+TRAINER_ARGUMENTS = (
+    "model",
+    "reward_funcs",
+    "train_dataset",
+    "eval_dataset",
+    "callbacks",
+    "peft_config",
+    "rollout_func",
+)
+
+
+def parity_reward(completions: list[str], **kwargs: Any) -> list[float]:
+    """1.0 where the first character of the completion has an odd code point, else 0.0."""
+    return [float(ord(text[0]) % 2) if text else 0.0 for text in completions]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Character-level tokenizer over `VOCABULARY`, padding on the left."""
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="?", padding_side="left"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> str:
+    """Folder with a random float32 Qwen2 of about 9,000 parameters, and the tokenizer beside it.
+
+    The weights are drawn wide, so that the entropies of its tokens differ (a narrow draw gives a uniform policy). Pass
+    the path, rather than a module, to a trainer that needs a reference model (`beta != 0`).
+    """
+    set_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        initializer_range=0.6,
+        tie_word_embeddings=False,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    path = tmp_path_factory.mktemp("tiny_qwen2")
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def tiny_model(tiny_model_path: str) -> torch.nn.Module:
+    """A fresh copy of the tiny policy in float32."""
+    return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset() -> Dataset:
+    """16 prompts of one to four characters, so that their padding is ragged."""
+    return Dataset.from_dict({"prompt": [f"{i}+{7 * i % 10}="[: 1 + i % 4] for i in range(16)]})
+
+
+@pytest.fixture
+def make_trainer(
+    tmp_path: Path, tiny_model_path: str, tiny_tokenizer: PreTrainedTokenizerFast, tiny_dataset: Dataset
+) -> Callable[..., Any]:
+    """Factory of trainers: `make_trainer(output_dir=None, **overrides)`.
+
+    Overrides named like a trainer argument (`model`, `reward_funcs`, `train_dataset`, `eval_dataset`, `callbacks`,
+    `peft_config`, `rollout_func`) go to the trainer, `trainer_class` and `config_class` replace the classes, and all
+    others are config fields. The defaults: CPU, float32, 8 completions (2 groups of 4) per micro-batch, up to 6
+    tokens each, 4 optimizer steps per rollout, no KL, `parity_reward`.
+    """
+
+    def make(
+        output_dir: str | Path | None = None,
+        *,
+        trainer_class: type | None = None,
+        config_class: type | None = None,
+        **overrides: Any,
+    ) -> Any:
+        from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
+
+        trainer_class = trainer_class or EntropyGRPOTrainer
+        config_class = config_class or EntropyGRPOConfig
+        trainer_kwargs = {
+            "model": tiny_model_path,
+            "reward_funcs": parity_reward,
+            "train_dataset": tiny_dataset,
+            **{name: overrides.pop(name) for name in TRAINER_ARGUMENTS if name in overrides},
+        }
+        config = {
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "max_steps": 4,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "steps_per_generation": 4,
+            "seed": 0,
+            **overrides,
+        }
+        args = config_class(output_dir=str(output_dir or tmp_path / "run"), **config)
+        return trainer_class(args=args, processing_class=tiny_tokenizer, **trainer_kwargs)
+
+    return make

@@ -1,0 +1,23 @@
+"""The papers' controls as pure functions of per-token tensors. Imports torch and nothing else.
+
+Shapes: `B` completions, `T` completion tokens; every tensor is `(B, T)` unless said otherwise. The clipping controls
+carry no autograd graph: they decide how much gradient a token gets and are never differentiated themselves.
+"""
+
+from .ce_gppo import ce_gppo
+from .erc import entropy_ratio, erc
+from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
+from .positive_nll import positive_nll
+from .tokens import PolicyTokens, TokenMean
+
+__all__ = [
+    "PolicyTokens",
+    "TokenMean",
+    "bounded_old_logps",
+    "ce_gppo",
+    "clipped_by_ppo",
+    "entropy_ratio",
+    "erc",
+    "log_importance_weight",
+    "positive_nll",
+]

@@ -1,0 +1,66 @@
+"""ERC: clipping by the entropy ratio of the new and the old policy (arXiv 2512.05591)."""
+
+import torch
+from torch import Tensor
+
+from .tokens import PolicyTokens, TokenMean
+
+ENTROPY_FLOOR = 1e-8
+
+
+def entropy_ratio(entropies: Tensor, old_entropies: Tensor) -> Tensor:
+    """`rho = (H + 1e-8) / (H_old + 1e-8)` (arXiv 2512.05591), without an autograd graph.
+
+    Where both entropies are below 1e-8 nats their ratio is rounding noise: it counts as 1, unchanged.
+
+    Args:
+        entropies: Full-vocabulary entropy of the policy being trained, nats, `(B, T)`.
+        old_entropies: The same of the policy that produced the rollout, `(B, T)`.
+
+    Returns:
+        `(B, T)`.
+    """
+    # Rounding can make the entropy of a certain token slightly negative.
+    new, old = entropies.detach().clamp(min=0.0), old_entropies.detach().clamp(min=0.0)
+    unchanged = (new < ENTROPY_FLOOR) & (old < ENTROPY_FLOOR)
+    return torch.where(unchanged, 1.0, (new + ENTROPY_FLOOR) / (old + ENTROPY_FLOOR))
+
+
+def erc(
+    tokens: PolicyTokens, entropies: Tensor, old_entropies: Tensor, *, low: float, high: float
+) -> tuple[PolicyTokens, dict[str, TokenMean]]:
+    """Keep a token's policy gradient iff `low < rho < high` (arXiv 2512.05591).
+
+    A clipped token's advantage becomes 0, so its term of the policy loss has neither value nor gradient; KL and
+    entropy terms are not touched. (The released code detaches the term instead, which leaves its value in the reported
+    loss; the gradient is the same.) At sequence level the clipped tokens' terms leave the sequence's sum; the ratio of
+    the sequence is that of all its tokens, as in GSPO.
+
+    Args:
+        tokens: The micro-batch.
+        entropies: Nats, `(B, T)`.
+        old_entropies: Nats, `(B, T)`.
+        low: Lower bound of the entropy ratio, in [0, 1).
+        high: Upper bound, above 1.
+
+    Returns:
+        The micro-batch with shaped `advantages`, and the metrics.
+    """
+    ratio = entropy_ratio(entropies, old_entropies)
+    below, above = ratio <= low, ratio >= high
+    # not (below | above): a NaN entropy is clipped rather than trained on
+    kept = (ratio > low) & (ratio < high)
+    shaped = PolicyTokens(
+        logps=tokens.logps,
+        old_logps=tokens.old_logps,
+        advantages=torch.where(kept, tokens.advantages, 0.0),
+        mask=tokens.mask,
+    )
+    clipped, current = tokens.mask & ~kept, entropies.detach()
+    return shaped, {
+        "erc/clip_fraction": TokenMean(clipped, tokens.mask),
+        "erc/low_fraction": TokenMean(below, tokens.mask),
+        "erc/high_fraction": TokenMean(above, tokens.mask),
+        "erc/entropy_clipped": TokenMean(current, clipped),
+        "erc/entropy_kept": TokenMean(current, tokens.mask & kept),
+    }

@@ -1,0 +1,67 @@
+"""Importance ratios, and which tokens PPO-clip drops."""
+
+import torch
+from torch import Tensor
+
+MAX_LOG_IMPORTANCE_WEIGHT = 40.0
+"""exp(40) = 2.4e17: beyond any ratio a working run produces, and its square still fits float32."""
+
+
+def log_importance_weight(logps: Tensor, old_logps: Tensor, mask: Tensor, level: str) -> Tensor:
+    """Log importance ratio: `lp - lp_old`, or its masked mean over the sequence (GSPO, arXiv 2507.18071, eq. 7).
+
+    Args:
+        logps: `(B, T)`.
+        old_logps: `(B, T)`.
+        mask: Bool, `(B, T)`.
+        level: `"token"` or `"sequence"` (TRL's `importance_sampling_level`).
+
+    Returns:
+        `(B, T)` at token level, `(B, 1)` at sequence level; without an autograd graph.
+
+    Raises:
+        ValueError: If `level` is neither.
+    """
+    log_ratio = (logps - old_logps).detach()
+    if level == "token":
+        return log_ratio
+    if level == "sequence":
+        weights = mask.to(log_ratio.dtype)
+        return (log_ratio * weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp(min=1.0)
+    raise ValueError(f"importance_sampling_level={level!r} is unknown. Set it to 'token' or 'sequence'.")
+
+
+def clipped_by_ppo(ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:
+    """The tokens whose gradient PPO-clip drops, below and above the trust region (arXiv 1707.06347, eq. 7).
+
+    Args:
+        ratio: Importance ratio, `(B, T)` or `(B, 1)`.
+        advantages: `(B, T)`.
+        eps_low: The clip range is `[1 - eps_low, 1 + eps_high]`.
+        eps_high: See `eps_low`.
+
+    Returns:
+        Two bool `(B, T)`: `A < 0` and `r < 1 - eps_low` (NA&LP), `A > 0` and `r > 1 + eps_high` (PA&LP).
+    """
+    return (advantages < 0) & (ratio < 1 - eps_low), (advantages > 0) & (ratio > 1 + eps_high)
+
+
+def bounded_old_logps(old_logps: Tensor, log_weight: Tensor) -> Tensor:
+    """Shift `old_logps` so that no importance ratio overflows: the log weight is at most `MAX_LOG_IMPORTANCE_WEIGHT`.
+
+    In float32 a ratio of e^89 is infinite, and infinity times a zero advantage or a zero mask is NaN. The bound leaves
+    every smaller ratio as it is, to the last bit, and keeps the gradient of the larger ones.
+
+    Args:
+        old_logps: `(B, T)`.
+        log_weight: `(B, T)` or `(B, 1)`, from `log_importance_weight`.
+
+    Returns:
+        `(B, T)`.
+    """
+    return old_logps + (log_weight - MAX_LOG_IMPORTANCE_WEIGHT).clamp(min=0.0)
+
+
+def ratio_of(log_weight: Tensor) -> Tensor:
+    """`exp` of a log importance weight, bounded as in `bounded_old_logps`; same shape."""
+    return torch.exp(log_weight.clamp(max=MAX_LOG_IMPORTANCE_WEIGHT))

@@ -1,0 +1,49 @@
+"""What the controls read and write, by name."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """The tensors of one micro-batch that decide a token's policy gradient.
+
+    Attributes:
+        logps: Log-probability of each sampled token under the policy being trained, `(B, T)`.
+        old_logps: The same under the policy that produced the rollout, `(B, T)`.
+        advantages: Advantage of each token, `(B, T)`.
+        mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+
+    logps: Tensor
+    old_logps: Tensor
+    advantages: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(value.shape) for name, value in vars(self).items()}
+        if len(set(shapes.values())) != 1:
+            raise ValueError(f"The tensors of a micro-batch must all have shape (B, T), got {shapes}.")
+
+
+@dataclass(frozen=True)
+class TokenMean:
+    """A metric as data: the mean of `value` over the tokens where `mask` is True, of the global batch.
+
+    Attributes:
+        value: Any dtype, `(B, T)` or broadcastable to it.
+        mask: Bool, `(B, T)`.
+    """
+
+    value: Tensor
+    mask: Tensor
+
+    def totals(self) -> Tensor:
+        """The numerator and the denominator of the mean on this device, float32 `(2,)`."""
+        weighted = torch.where(self.mask, self.value.float(), 0.0)
+        return torch.stack([weighted.sum(), self.mask.sum().float()])

@@ -1,0 +1,167 @@
+"""The configuration of the entropy controls."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+PPO_CLIP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+"""TRL's loss types that clip the importance ratio as PPO does."""
+ERC_LOSSES = (*PPO_CLIP_LOSSES, "cispo", "sapo")
+"""TRL's loss types that are linear in each token's advantage, so that a token can be left out of them."""
+
+
+@dataclass
+class EntropyGRPOConfig(GRPOConfig):
+    """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
+
+    Args:
+        erc_low (`float`, *optional*):
+            ERC (arXiv 2512.05591): a token keeps its policy gradient only while its entropy ratio
+            `(H + 1e-8) / (H_old + 1e-8)` is above this bound, in [0, 1). Set together with `erc_high`. Published: 0.95.
+        erc_high (`float`, *optional*):
+            ERC: and only while the ratio is below this bound, above 1. Published: 1.05.
+        ce_gppo_alpha1 (`float`, *optional*):
+            CE-GPPO (arXiv 2509.20712): share of the gradient given back to tokens clipped below the trust region
+            (`A < 0`, `r < 1 - epsilon`), at least 0. Set together with `ce_gppo_alpha2`. Published: 0.75 (7B), 0.5
+            (1.5B); 1 with `ce_gppo_alpha2=1` is GPPO (arXiv 2508.07629).
+        ce_gppo_alpha2 (`float`, *optional*):
+            CE-GPPO: share given back to tokens clipped above the trust region (`A > 0`, `r > 1 + epsilon_high`), at
+            least 0. Published: 1.
+        positive_nll_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the token-mean negative log-likelihood of the correct completions that is added to the loss
+            (arXiv 2508.07629), at least 0. The released recipes of ERC and CE-GPPO all use 0.1.
+        positive_nll_min_reward (`float`, *optional*, defaults to `1.0`):
+            A completion is correct when its total reward, weighted by `reward_weights`, is at least this.
+
+    Raises:
+        ValueError: If a value is out of its range, or if two fields contradict each other; the message names the
+            fields, their values and what to set.
+    """
+
+    erc_low: float | None = field(
+        default=None, metadata={"help": "ERC: lower bound of the entropy ratio, in [0, 1). Published: 0.95."}
+    )
+    erc_high: float | None = field(
+        default=None, metadata={"help": "ERC: upper bound of the entropy ratio, above 1. Published: 1.05."}
+    )
+    ce_gppo_alpha1: float | None = field(
+        default=None,
+        metadata={"help": "CE-GPPO: share of the gradient given back below the trust region. Published: 0.75 or 0.5."},
+    )
+    ce_gppo_alpha2: float | None = field(
+        default=None,
+        metadata={"help": "CE-GPPO: share of the gradient given back above the trust region. Published: 1."},
+    )
+    positive_nll_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the negative log-likelihood of the correct completions. Published: 0.1."},
+    )
+    positive_nll_min_reward: float = field(
+        default=1.0, metadata={"help": "A completion is correct when its weighted total reward is at least this."}
+    )
+
+    @property
+    def erc_enabled(self) -> bool:
+        return self.erc_low is not None
+
+    @property
+    def ce_gppo_enabled(self) -> bool:
+        return self.ce_gppo_alpha1 is not None
+
+    @property
+    def positive_nll_enabled(self) -> bool:
+        return self.positive_nll_coef != 0.0
+
+    @property
+    def any_control_enabled(self) -> bool:
+        return self.erc_enabled or self.ce_gppo_enabled or self.positive_nll_enabled
+
+    @property
+    def eps_high(self) -> float:
+        """Upper half-width of the clip range: `epsilon_high`, or `epsilon` where that is not set."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_erc()
+        self._check_ce_gppo()
+        self._check_positive_nll()
+        if self.any_control_enabled and self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel=True computes the loss inside a fused kernel that no entropy control can reach. Set "
+                "use_liger_kernel=False."
+            )
+        self._warn_if_on_policy()
+
+    def _check_erc(self) -> None:
+        low, high = self.erc_low, self.erc_high
+        if low is None and high is None:
+            return
+        if low is None or high is None:
+            raise ValueError(f"erc_low={low} and erc_high={high}: set both (published: 0.95 and 1.05) or neither.")
+        if not 0.0 <= low < 1.0:
+            raise ValueError(f"erc_low={low} must be in [0, 1): an entropy ratio of 1 is no change. Published: 0.95.")
+        if not high > 1.0:
+            raise ValueError(f"erc_high={high} must be above 1: an entropy ratio of 1 is no change. Published: 1.05.")
+        if self.loss_type not in ERC_LOSSES:
+            raise ValueError(
+                f"erc_low={low}, erc_high={high} cannot be used with loss_type={self.loss_type!r}, whose weights "
+                f"couple the tokens of a sequence. Set loss_type to one of {', '.join(ERC_LOSSES)}."
+            )
+
+    def _check_ce_gppo(self) -> None:
+        alpha1, alpha2 = self.ce_gppo_alpha1, self.ce_gppo_alpha2
+        if alpha1 is None and alpha2 is None:
+            return
+        if alpha1 is None or alpha2 is None:
+            raise ValueError(
+                f"ce_gppo_alpha1={alpha1} and ce_gppo_alpha2={alpha2}: set both (published: 0.75 and 1) or neither."
+            )
+        for name, alpha in (("ce_gppo_alpha1", alpha1), ("ce_gppo_alpha2", alpha2)):
+            if not (alpha >= 0.0 and math.isfinite(alpha)):
+                raise ValueError(f"{name}={alpha} must be finite and at least 0; published values are in [0, 1].")
+        if self.loss_type not in PPO_CLIP_LOSSES:
+            raise ValueError(
+                f"ce_gppo_alpha1={alpha1}, ce_gppo_alpha2={alpha2} cannot be used with loss_type={self.loss_type!r}, "
+                f"which has no PPO clip to give gradients back from. Set loss_type to one of "
+                f"{', '.join(PPO_CLIP_LOSSES)}."
+            )
+        if self.delta is not None and self.delta <= 1.0 + self.eps_high:
+            raise ValueError(
+                f"delta={self.delta} must be above 1 + epsilon_high = {1.0 + self.eps_high} with CE-GPPO: a smaller "
+                "dual clip drops tokens inside the trust region. Published: 10."
+            )
+        if self.beta != 0.0 and self.use_bias_correction_kl:
+            raise ValueError(
+                f"beta={self.beta} with use_bias_correction_kl=True multiplies the KL term by the importance ratio, "
+                "which CE-GPPO sets to 1 for clipped tokens. Set use_bias_correction_kl=False, or beta=0."
+            )
+
+    def _check_positive_nll(self) -> None:
+        if not (self.positive_nll_coef >= 0.0 and math.isfinite(self.positive_nll_coef)):
+            raise ValueError(
+                f"positive_nll_coef={self.positive_nll_coef} must be finite and at least 0. Published: 0.1; 0 is off."
+            )
+        if math.isnan(self.positive_nll_min_reward):
+            raise ValueError(
+                f"positive_nll_min_reward={self.positive_nll_min_reward} must be a number: the total reward from "
+                "which on a completion counts as correct."
+            )
+
+    def _warn_if_on_policy(self) -> None:
+        updates = self.steps_per_generation * self.num_iterations
+        if (self.erc_enabled or self.ce_gppo_enabled) and self.gradient_accumulation_steps % updates == 0:
+            methods = " and ".join(
+                name for name, on in (("ERC", self.erc_enabled), ("CE-GPPO", self.ce_gppo_enabled)) if on
+            )
+            warnings.warn(
+                f"{methods} will do nothing: with steps_per_generation={self.steps_per_generation}, num_iterations="
+                f"{self.num_iterations} and gradient_accumulation_steps={self.gradient_accumulation_steps}, every "
+                "rollout is used for one optimizer step, so importance and entropy ratios are 1. Set "
+                f"steps_per_generation={8 * self.gradient_accumulation_steps} for the 8 optimizer steps per rollout "
+                "of the papers, or num_iterations above 1.",
+                UserWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,213 @@
+"""The one module that touches TRL's internals.
+
+TRL's `GRPOTrainer._compute_loss` calls the policy's forward pass first and reads the advantages and the old log-probs
+afterwards. `compute_loss` hands it a shallow copy of the inputs, and the override of the forward pass writes what the
+controls decide into that copy, so TRL's loss does the rest. No line of that loss is repeated here.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+
+@dataclass
+class LossCall:
+    """One call of TRL's loss: the inputs it reads and the forward pass it made.
+
+    Attributes:
+        inputs: Shallow copy of the micro-batch; what is written here is what TRL's loss reads.
+        mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
+        logps: Log-probs of the sampled tokens, with their graph, `(B, T)`; `None` before the forward pass.
+        entropies: Entropies as TRL's loss reads them, nats, `(B, T)`; `None` before the forward pass.
+    """
+
+    inputs: dict[str, Any]
+    mask: Tensor
+    logps: Tensor | None = None
+    entropies: Tensor | None = None
+
+
+def loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """True for the tokens that the model wrote and that count, bool `(B, T)`."""
+    mask = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+
+
+class GRPOContact(GRPOTrainer):
+    """`trl.GRPOTrainer` with places for a subclass to act, and with checkpoints that resume exactly.
+
+    A subclass acts in `on_rollout`, `on_forward`, `added_loss` and `control_metrics`. Where `controlled` is False none
+    of them is called and every step is TRL's own.
+    """
+
+    _loss_call: LossCall | None = None
+    _rollout_forwards: list[tuple[Tensor, Tensor]] | None = None
+    _rewards_per_func: Tensor | None = None
+    _train_sampler: Sampler | None = None
+
+    @property
+    def controlled(self) -> bool:
+        """Whether a control is on."""
+        return False
+
+    @property
+    def wants_old_entropies(self) -> bool:
+        """Whether the rollout's forward pass shall also yield the entropies, as `inputs["old_entropies"]`."""
+        return False
+
+    def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
+        """Add tensors to a scored rollout; `(B, ...)` ones are shuffled and split with it.
+
+        Args:
+            output: The rollout of this process.
+            rewards: Weighted total reward of each of its completions, `(B,)`; NaN where no reward function scored it.
+        """
+
+    def on_forward(self, call: LossCall, logps: Tensor, entropies: Tensor) -> None:
+        """Shape `call.inputs` before TRL's loss reads them."""
+
+    def added_loss(self, call: LossCall) -> Tensor | None:
+        """A scalar to add to TRL's loss, or `None`."""
+        return None
+
+    def control_metrics(self) -> dict[str, float]:
+        """The controls' metrics since they were last logged, in the current `mode`."""
+        return {}
+
+    @property
+    def mode(self) -> str:
+        """`"train"` or `"eval"`, as TRL tells them apart."""
+        return "train" if self.model.training else "eval"
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.controlled:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self._loss_call = call = LossCall(inputs=dict(inputs), mask=loss_mask(inputs))
+        try:
+            loss = super().compute_loss(model, call.inputs, *args, **kwargs)
+        finally:
+            self._loss_call = None
+        if call.logps is None:
+            raise RuntimeError(
+                f"TRL {trl.__version__} computes its loss without `_get_per_token_logps_and_entropies`, so the "
+                "entropy controls cannot act. Install a supported version of TRL."
+            )
+        added = self.added_loss(call)
+        return loss if added is None else loss + added
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        in_rollout = self._rollout_forwards is not None and model is not self.ref_model
+        if in_rollout:
+            kwargs["compute_entropy"] = True
+        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        logps, entropies = result[:2]
+        if in_rollout:
+            self._rollout_forwards.append((logps, entropies))
+        call = self._loss_call
+        if call is not None and call.logps is None:
+            call.logps, call.entropies = logps, entropies
+            self.on_forward(call, logps, entropies)
+        return result
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        if not self.controlled:
+            return super()._generate_and_score_completions(inputs)
+        self._rollout_forwards = [] if self.wants_old_entropies else None
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            forwards, self._rollout_forwards = self._rollout_forwards, None
+        old_logps = output.get("old_per_token_logps")
+        if forwards is not None and old_logps is not None:
+            output["old_entropies"] = self._entropies_of(old_logps, forwards)
+        self.on_rollout(output, self._local_rewards(len(output["completion_ids"])))
+        return output
+
+    @staticmethod
+    def _entropies_of(old_logps: Tensor, forwards: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The entropies of the forward pass whose log-probs are, by identity, TRL's `old_per_token_logps`."""
+        for logps, entropies in forwards:
+            if logps is old_logps:
+                return entropies
+        raise RuntimeError(
+            f"TRL {trl.__version__} does not take `old_per_token_logps` from `_get_per_token_logps_and_entropies` as "
+            "it is, so the rollout's entropies are unknown. Install a supported version of TRL."
+        )
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_func
+
+    def _local_rewards(self, num_completions: int) -> Tensor:
+        """Weighted total reward of this process's completions, `(B,)`; NaN where no reward function scored one."""
+        start = self.accelerator.process_index * num_completions
+        rewards = self._rewards_per_func[start : start + num_completions]
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        return torch.where(rewards.isnan().all(dim=1), torch.nan, total)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.controlled:
+            for name, value in self.control_metrics().items():
+                self._metrics[self.mode][name].append(value)
+        super().log(logs, start_time)
+
+    # TRL regenerates its rollout when training resumes, and draws the prompts of later epochs anew. What follows keeps
+    # the rollout that is in use and the position in the data, so that a resumed run equals an uninterrupted one.
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _rollout_path(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"rollout_rank{self.accelerator.process_index}.pt")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.save_only_model:
+            return
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        path = self._rollout_path(os.path.join(self._get_output_dir(trial=trial), folder))
+        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        state = {
+            "step": self._step,
+            "num_processes": self.accelerator.num_processes,
+            "buffered_inputs": self._buffered_inputs if in_use else None,
+        }
+        torch.save(state, path + ".part")
+        os.replace(path + ".part", path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._advance_train_sampler(int(self.state.epoch or 0))
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        path = self._rollout_path(checkpoint)
+        if not os.path.exists(path):
+            warnings.warn(f"{path} is missing: the rollout that was in use is generated anew.", stacklevel=2)
+            return
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        self._step = state["step"]
+        if state["num_processes"] == self.accelerator.num_processes:
+            self._buffered_inputs = state["buffered_inputs"]
+        elif state["buffered_inputs"] is not None:
+            warnings.warn(
+                f"{checkpoint} was saved by {state['num_processes']} processes and is resumed by "
+                f"{self.accelerator.num_processes}: the rollout that was in use is generated anew.",
+                stacklevel=2,
+            )
+
+    def _advance_train_sampler(self, epochs: int) -> None:
+        """Draw the permutations of the finished epochs, so that the next one is the epoch's own."""
+        generator = getattr(self._train_sampler, "generator", None)
+        if generator is not None:
+            for _ in range(epochs):
+                torch.randperm(self._train_sampler.num_samples, generator=generator)

@@ -1,0 +1,140 @@
+"""GRPO with entropy control."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..controls import (
+    PolicyTokens,
+    TokenMean,
+    bounded_old_logps,
+    ce_gppo,
+    clipped_by_ppo,
+    erc,
+    log_importance_weight,
+    positive_nll,
+)
+from ..controls.importance import ratio_of
+from ..telemetry.metrics import TokenMeans
+from .card import add_methods
+from .config import EntropyGRPOConfig
+from .contact import GRPOContact, LossCall, loss_mask
+
+
+class EntropyGRPOTrainer(GRPOContact):
+    """`trl.GRPOTrainer` with ERC, CE-GPPO and the positive-NLL term; same arguments, methods and files.
+
+    With no control set in its [`EntropyGRPOConfig`], training is bit for bit TRL's own. Otherwise the controls act on
+    each token in this order, each on what the one before left: PPO-clip decides on the raw ratio which tokens it would
+    drop, CE-GPPO re-weights those, ERC gates every token. All of it is a change of the advantages and old log-probs
+    that TRL's loss reads, so every TRL option keeps its meaning.
+
+    Checkpoints hold the rollout in use and the position in the data, so a resumed run equals an uninterrupted one.
+    Arguments and errors are those of `trl.GRPOTrainer`; with a plain `trl.GRPOConfig` every control is off.
+    """
+
+    _tag_names = ["trl", "grpo", "trl-entropy"]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
+        super().__init__(*args, **kwargs)
+
+    @property
+    def controlled(self) -> bool:
+        return isinstance(self.args, EntropyGRPOConfig) and self.args.any_control_enabled
+
+    @property
+    def wants_old_entropies(self) -> bool:
+        return self.args.erc_enabled
+
+    def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
+        if self.args.positive_nll_enabled:
+            tokens = loss_mask(output) & self._is_correct(rewards).unsqueeze(-1)
+            output["rewards"] = rewards
+            output["num_correct_tokens"] = self.accelerator.gather(tokens.sum()).sum()
+
+    def _is_correct(self, rewards: Tensor) -> Tensor:
+        return rewards >= self.args.positive_nll_min_reward
+
+    @torch.no_grad()
+    def on_forward(self, call: LossCall, logps: Tensor, entropies: Tensor) -> None:
+        if not (self.args.erc_enabled or self.args.ce_gppo_enabled):
+            return
+        inputs, logps = call.inputs, logps.detach()
+        old_logps = inputs.get("old_per_token_logps")
+        on_policy = old_logps is None
+        advantages = inputs["advantages"]
+        tokens = PolicyTokens(
+            logps=logps,
+            old_logps=logps if on_policy else old_logps,
+            advantages=(advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logps),
+            mask=call.mask,
+        )
+        if self.off_policy_mask_threshold is not None:
+            # TRL's off-policy mask measures the drift from the rollout, which must not be the shaped log-probs
+            inputs.setdefault("sampling_per_token_logps", tokens.old_logps)
+        old_entropies = entropies if on_policy else inputs.get("old_entropies")
+        shaped, metrics = self._shape(tokens, entropies, old_entropies)
+        inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
+        self._token_means[self.mode].add(metrics)
+
+    def _shape(
+        self, tokens: PolicyTokens, entropies: Tensor, old_entropies: Tensor | None
+    ) -> tuple[PolicyTokens, dict[str, TokenMean]]:
+        """Run the controls in their order; the first reads the raw ratio, each later one what the one before left."""
+        args = self.args
+        log_weight = log_importance_weight(tokens.logps, tokens.old_logps, tokens.mask, self.importance_sampling_level)
+        clip_range = {"eps_low": self.epsilon_low, "eps_high": self.epsilon_high}
+        low, high = clipped_by_ppo(ratio_of(log_weight), tokens.advantages, **clip_range)
+        metrics = {
+            "ppo_clip/low_fraction": TokenMean(low, tokens.mask),
+            "ppo_clip/high_fraction": TokenMean(high, tokens.mask),
+        }
+        tokens = replace(tokens, old_logps=bounded_old_logps(tokens.old_logps, log_weight))
+        if args.ce_gppo_enabled:
+            alphas = {"alpha1": args.ce_gppo_alpha1, "alpha2": args.ce_gppo_alpha2}
+            tokens, added = ce_gppo(tokens, log_weight, **alphas, **clip_range, delta=args.delta)
+            metrics |= added
+        if args.erc_enabled:
+            if old_entropies is None:
+                raise KeyError(
+                    "ERC needs the rollout's entropies: the micro-batch has `old_per_token_logps` and no "
+                    "`old_entropies`. Let the trainer make the rollout, or add them."
+                )
+            tokens, added = erc(tokens, entropies, old_entropies, low=args.erc_low, high=args.erc_high)
+            metrics |= added
+        return tokens, metrics
+
+    def added_loss(self, call: LossCall) -> Tensor | None:
+        if not self.args.positive_nll_enabled:
+            return None
+        if "rewards" not in call.inputs:
+            raise KeyError(
+                f"positive_nll_coef={self.args.positive_nll_coef} needs each completion's reward: the micro-batch has "
+                "no `rewards`. Let the trainer make the rollout, or add them."
+            )
+        # As TRL's token mean: the count spans the rollout, so rescale it to one accumulation window of one process
+        num_tokens = call.inputs["num_correct_tokens"].clamp(min=1) / self.accelerator.num_processes
+        if self.mode == "train":
+            num_tokens = num_tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        correct = self._is_correct(call.inputs["rewards"])
+        loss, metrics = positive_nll(call.logps, call.mask, correct, num_tokens)
+        self._token_means[self.mode].add(metrics)
+        return self.args.positive_nll_coef * loss
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.controlled and self.accelerator.sync_gradients:
+            self._token_means[self.mode].close_window(self.accelerator.reduce)
+        return loss
+
+    def control_metrics(self) -> dict[str, float]:
+        return self._token_means[self.mode].pop()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.controlled and self.is_world_process_zero():
+            add_methods(os.path.join(self.args.output_dir, "README.md"), self.args)
