@@ -1,0 +1,78 @@
+"""ERC by hand."""
+
+import math
+
+import pytest
+import torch
+
+from trl_entropy.controls import PolicyTokens, entropy_ratio, erc
+
+
+def tokens(advantages):
+    values = torch.tensor([advantages], dtype=torch.float64)
+    return PolicyTokens(values * 0, values * 0, values, torch.ones_like(values, dtype=torch.bool))
+
+
+def entropy(*probabilities):
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def test_ratio_by_hand():
+    # 0.6 / 0.5 = 1.2; 0 / 0.5: (0 + 1e-8) / (0.5 + 1e-8) = 2e-8; both at the floor: unchanged
+    new = torch.tensor([[0.6, 0.0, 0.0, 5e-9]], dtype=torch.float64)
+    old = torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
+    ratio = entropy_ratio(new, old)
+    assert ratio[0, 0].item() == pytest.approx(1.2, rel=1e-7)
+    assert ratio[0, 1].item() == pytest.approx(2e-8, rel=1e-6)
+    assert ratio[0, 2:].tolist() == [1.0, 1.0]
+
+
+def test_rounding_below_zero_is_zero_entropy():
+    ratio = entropy_ratio(torch.tensor([[-1e-7, 0.5]]), torch.tensor([[-2e-7, -1e-7]]))
+    assert ratio[0, 0] == 1.0
+    assert ratio[0, 1] == pytest.approx(0.5 / 1e-8, rel=1e-5)
+
+
+def test_bounds_are_strict():
+    # ratios 0.95, 0.951, 1.049, 1.05 up to the floor: with H_old = 1 the floor moves them by less than 1e-9
+    new = torch.tensor([[0.9499, 0.951, 1.049, 1.0501]], dtype=torch.float64)
+    shaped, metrics = erc(tokens([1.0, -2.0, 3.0, -4.0]), new, torch.ones_like(new), low=0.95, high=1.05)
+    assert shaped.advantages.tolist() == [[0.0, -2.0, 3.0, 0.0]]
+    exact = torch.tensor([[1.0]], dtype=torch.float64)
+    assert erc(tokens([1.0]), exact, exact, low=0.0, high=1.0 + 1e-12)[0].advantages.item() == 1.0
+    assert erc(tokens([1.0]), exact, exact, low=1.0, high=2.0)[0].advantages.item() == 0.0
+    assert erc(tokens([1.0]), exact, exact, low=0.0, high=1.0)[0].advantages.item() == 0.0
+    # clipped 2 of 4: one below, one above; mean entropy of the clipped (0.9499 + 1.0501) / 2 = 1
+    means = {name: (m.totals()[0] / m.totals()[1]).item() for name, m in metrics.items()}
+    assert means["erc/clip_fraction"] == 0.5
+    assert means["erc/low_fraction"] == means["erc/high_fraction"] == 0.25
+    assert means["erc/entropy_clipped"] == pytest.approx(1.0)
+    assert means["erc/entropy_kept"] == pytest.approx(1.0)
+
+
+def test_the_papers_example():
+    # (0.85, 0, 0.15, 0) -> (0.82, 0.064, 0.07, 0.046): the sampled first action has r = 0.82 / 0.85 = 0.965, inside
+    # [0.8, 1.2]; H_old = 0.423, H = 0.666 nats, so rho = 1.577 > 1.05
+    old, new = entropy(0.85, 0.15), entropy(0.82, 0.064, 0.07, 0.046)
+    assert 0.8 < 0.82 / 0.85 < 1.2
+    rho = entropy_ratio(torch.tensor([[new]]), torch.tensor([[old]])).item()
+    assert rho == pytest.approx(1.5766, abs=1e-4)
+    shaped, _ = erc(tokens([1.0]), torch.tensor([[new]]), torch.tensor([[old]]), low=0.95, high=1.05)
+    assert shaped.advantages.item() == 0.0
+
+
+def test_nan_entropy_is_clipped():
+    shaped, metrics = erc(
+        tokens([1.0]), torch.tensor([[math.nan]]), torch.tensor([[1.0]]), low=0.95, high=1.05
+    )
+    assert shaped.advantages.item() == 0.0
+    assert metrics["erc/clip_fraction"].totals().tolist() == [1.0, 1.0]
+
+
+def test_metrics_count_valid_tokens_only():
+    values = torch.tensor([[1.0, 1.0, 1.0]])
+    masked = PolicyTokens(values, values, values, torch.tensor([[True, True, False]]))
+    _, metrics = erc(masked, torch.tensor([[2.0, 1.0, 9.0]]), values, low=0.95, high=1.05)
+    assert metrics["erc/clip_fraction"].totals().tolist() == [1.0, 2.0]
+    assert metrics["erc/entropy_clipped"].totals().tolist() == [2.0, 1.0]
+    assert metrics["erc/entropy_kept"].totals().tolist() == [1.0, 1.0]

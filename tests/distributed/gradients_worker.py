@@ -1,0 +1,111 @@
+"""Gradients and metrics of one global batch, on as many processes as this script is launched with.
+
+Every process takes its slice of the same handmade batch. Rank 0 writes, for every case, the gradients that the optimizer
+would see and the metrics that would be logged.
+
+    torchrun --standalone --nproc_per_node 2 tests/distributed/gradients_worker.py MODEL OUTPUT.pt
+"""
+
+import itertools
+import os
+import sys
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
+
+ROWS, PROMPT, TOKENS, STEPS_PER_GENERATION = 8, 3, 7, 4
+ERC = {"erc_low": 0.95, "erc_high": 1.05}
+CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0}
+NLL = {"positive_nll_coef": 0.1}
+CONTROLS = {"none": {}, "erc": ERC, "ce_gppo": CE_GPPO, "nll": NLL, "all": {**ERC, **CE_GPPO, **NLL}}
+CASES = list(itertools.product(CONTROLS, ["dapo", "grpo"], ["token", "sequence"]))
+
+
+def global_batch(vocabulary: int) -> dict[str, torch.Tensor]:
+    """Random completions of ragged lengths, old log-probs and entropies near and far from the policy's."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(2, vocabulary, (ROWS, PROMPT + TOKENS), generator=generator)
+    lengths = torch.tensor([7, 1, 4, 7, 2, 6, 3, 5])
+    return {
+        "prompt_ids": ids[:, :PROMPT],
+        "prompt_mask": torch.ones(ROWS, PROMPT, dtype=torch.long),
+        "completion_ids": ids[:, PROMPT:],
+        "completion_mask": (torch.arange(TOKENS) < lengths.unsqueeze(1)).long(),
+        "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.0, 1.0]),
+        "noise": torch.randn(ROWS, TOKENS, generator=generator),
+        "entropy_scale": 1 + 0.1 * torch.randn(ROWS, TOKENS, generator=generator),
+        "rewards": torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0]),
+    }
+
+
+def local_inputs(trainer: EntropyGRPOTrainer, controls: dict[str, float]) -> dict[str, Any]:
+    """This process's slice of the batch, with what the trainer's own rollout would add to it."""
+    batch = global_batch(trainer.model.config.vocab_size)
+    num_items = batch["completion_mask"].sum() * STEPS_PER_GENERATION
+    share = ROWS // trainer.accelerator.num_processes
+    start = trainer.accelerator.process_index * share
+    inputs: dict[str, Any] = {name: value[start : start + share] for name, value in batch.items()}
+    noise, scale = inputs.pop("noise"), inputs.pop("entropy_scale")
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    with torch.no_grad():
+        logps, entropies, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, attention, TOKENS, compute_entropy=True
+        )
+    inputs |= {"old_per_token_logps": logps + 0.4 * noise, "old_entropies": entropies * scale}
+    trainer.on_rollout(inputs, inputs.pop("rewards"))
+    if "num_correct_tokens" in inputs:
+        inputs["num_correct_tokens"] = inputs["num_correct_tokens"] * STEPS_PER_GENERATION
+    return inputs | {"num_items_in_batch": num_items}
+
+
+def run_case(model: str, folder: str, case: tuple[str, str, str]) -> dict[str, Any]:
+    name, loss_type, level = case
+    args = EntropyGRPOConfig(
+        folder,
+        **CONTROLS[name],
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        num_generations=2,
+        generation_batch_size=ROWS * STEPS_PER_GENERATION,
+        per_device_train_batch_size=ROWS // int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    trainer = EntropyGRPOTrainer(
+        model,
+        lambda completions, **_: [0.0] * len(completions),
+        args,
+        Dataset.from_dict({"prompt": ["1"] * 64}),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    inputs = local_inputs(trainer, CONTROLS[name])
+    wrapped = trainer.accelerator.prepare(trainer.model)
+    loss = trainer.compute_loss(wrapped, inputs)
+    trainer.accelerator.backward(loss)
+    return {
+        "gradients": {name: value.grad for name, value in trainer.model.named_parameters()},
+        "metrics": trainer.control_metrics(),
+        "processes": trainer.accelerator.num_processes,
+    }
+
+
+def main() -> None:
+    model, output = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        results = {case: run_case(model, folder, case) for case in CASES}
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save(results, output)
+
+
+if __name__ == "__main__":
+    main()

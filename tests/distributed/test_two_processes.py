@@ -1,0 +1,51 @@
+"""Two processes give the gradients and metrics of one on the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .gradients_worker import CASES
+
+WORKER = Path(__file__).with_name("gradients_worker.py")
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model_path, tmp_path_factory):
+    """The worker's results on one and on two processes."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    found = []
+    for count in (1, 2):
+        output = folder / f"{count}.pt"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command = [sys.executable, *launcher, str(WORKER), tiny_model_path, str(output)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(torch.load(output, weights_only=True))
+    return found
+
+
+def test_the_workers_ran_as_intended(results):
+    one, two = results
+    assert {case["processes"] for case in one.values()} == {1}
+    assert {case["processes"] for case in two.values()} == {2}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
+def test_gradients_are_equal(results, case):
+    one, two = (result[case]["gradients"] for result in results)
+    scale = max(gradient.abs().max() for gradient in one.values())
+    assert scale > 0
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-5, atol=1e-5 * scale.item())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
+def test_metrics_are_equal(results, case):
+    one, two = (result[case]["metrics"] for result in results)
+    assert one == pytest.approx(two, rel=1e-5)
+    assert bool(one) == (case[0] != "none")
