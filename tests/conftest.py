@@ -13,6 +13,8 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
 
+from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
+
 VOCABULARY = ["<pad>", "<eos>", *"0123456789+-=? abcdefghijklmnop"]
 TRAINER_ARGUMENTS = (
     "model",
@@ -96,14 +98,10 @@ def make_trainer(
     def make(
         output_dir: str | Path | None = None,
         *,
-        trainer_class: type | None = None,
-        config_class: type | None = None,
+        trainer_class: type = EntropyGRPOTrainer,
+        config_class: type = EntropyGRPOConfig,
         **overrides: Any,
     ) -> Any:
-        from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
-
-        trainer_class = trainer_class or EntropyGRPOTrainer
-        config_class = config_class or EntropyGRPOConfig
         trainer_kwargs = {
             "model": tiny_model_path,
             "reward_funcs": parity_reward,

@@ -1,6 +1,5 @@
 """CE-GPPO by hand."""
 
-
 import pytest
 import torch
 
@@ -35,7 +34,7 @@ def test_asymmetric_range():
 
 
 def test_sequence_level_by_hand():
-    # first row: mean log-ratio (log 0.25 + log 1) / 2 = log 0.5, so r_seq = 0.5 is below 0.8. The third token is padding
+    # first row: mean log-ratio (log 0.25 + log 1) / 2 = log 0.5, so r_seq = 0.5 < 0.8; the third token is padding
     # token 0 has A < 0: clipped, weight 0.6; token 1 has A > 0: not clipped, keeps r_seq A = 0.5 * 2
     # second row: r_seq = 1, untouched
     shaped, metrics = shape(

@@ -62,9 +62,7 @@ def test_the_papers_example():
 
 
 def test_nan_entropy_is_clipped():
-    shaped, metrics = erc(
-        tokens([1.0]), torch.tensor([[math.nan]]), torch.tensor([[1.0]]), low=0.95, high=1.05
-    )
+    shaped, metrics = erc(tokens([1.0]), torch.tensor([[math.nan]]), torch.tensor([[1.0]]), low=0.95, high=1.05)
     assert shaped.advantages.item() == 0.0
     assert metrics["erc/clip_fraction"].totals().tolist() == [1.0, 1.0]
 

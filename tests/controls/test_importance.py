@@ -18,7 +18,9 @@ def test_sequence_weight_is_the_masked_mean():
 
 def test_weights_carry_no_graph():
     logps = torch.zeros(1, 2, requires_grad=True)
-    assert not log_importance_weight(logps, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), "token").requires_grad
+    assert not log_importance_weight(
+        logps, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), "token"
+    ).requires_grad
 
 
 def test_clip_decision_needs_sign_and_side():

@@ -1,7 +1,7 @@
 """Gradients and metrics of one global batch, on as many processes as this script is launched with.
 
-Every process takes its slice of the same handmade batch. Rank 0 writes, for every case, the gradients that the optimizer
-would see and the metrics that would be logged.
+Every process takes its slice of the same handmade batch. Rank 0 writes, for every case, the gradients that the
+optimizer would see and the metrics that would be logged.
 
     torchrun --standalone --nproc_per_node 2 tests/distributed/gradients_worker.py MODEL OUTPUT.pt
 """
@@ -22,7 +22,16 @@ ROWS, PROMPT, TOKENS, STEPS_PER_GENERATION = 8, 3, 7, 4
 ERC = {"erc_low": 0.95, "erc_high": 1.05}
 CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0}
 NLL = {"positive_nll_coef": 0.1}
-CONTROLS = {"none": {}, "erc": ERC, "ce_gppo": CE_GPPO, "nll": NLL, "all": {**ERC, **CE_GPPO, **NLL}}
+EPO = {"epo_coef": 0.1}
+CONTROLS = {
+    "none": {},
+    "erc": ERC,
+    "ce_gppo": CE_GPPO,
+    "nll": NLL,
+    "epo": EPO,
+    "epo_per_turn": {**EPO, "epo_history": "per_turn"},
+    "all": {**ERC, **CE_GPPO, **NLL, **EPO},
+}
 CASES = list(itertools.product(CONTROLS, ["dapo", "grpo"], ["token", "sequence"]))
 
 
@@ -37,16 +46,18 @@ def global_batch(vocabulary: int) -> dict[str, torch.Tensor]:
         "completion_ids": ids[:, PROMPT:],
         "completion_mask": (torch.arange(TOKENS) < lengths.unsqueeze(1)).long(),
         "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.0, 1.0]),
+        # an observation in the second token of every completion, so that the others are in two turns
+        "tool_mask": torch.tensor([1, 0, 1, 1, 1, 1, 1]).repeat(ROWS, 1),
         "noise": torch.randn(ROWS, TOKENS, generator=generator),
         "entropy_scale": 1 + 0.1 * torch.randn(ROWS, TOKENS, generator=generator),
         "rewards": torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0]),
     }
 
 
-def local_inputs(trainer: EntropyGRPOTrainer, controls: dict[str, float]) -> dict[str, Any]:
+def local_inputs(trainer: EntropyGRPOTrainer) -> dict[str, Any]:
     """This process's slice of the batch, with what the trainer's own rollout would add to it."""
     batch = global_batch(trainer.model.config.vocab_size)
-    num_items = batch["completion_mask"].sum() * STEPS_PER_GENERATION
+    num_items = (batch["completion_mask"] * batch["tool_mask"]).sum() * STEPS_PER_GENERATION
     share = ROWS // trainer.accelerator.num_processes
     start = trainer.accelerator.process_index * share
     inputs: dict[str, Any] = {name: value[start : start + share] for name, value in batch.items()}
@@ -59,8 +70,10 @@ def local_inputs(trainer: EntropyGRPOTrainer, controls: dict[str, float]) -> dic
         )
     inputs |= {"old_per_token_logps": logps + 0.4 * noise, "old_entropies": entropies * scale}
     trainer.on_rollout(inputs, inputs.pop("rewards"))
-    if "num_correct_tokens" in inputs:
-        inputs["num_correct_tokens"] = inputs["num_correct_tokens"] * STEPS_PER_GENERATION
+    # the counts span a rollout, of which this batch is one step of several
+    for name in ("num_correct_tokens", "num_trajectories"):
+        if name in inputs:
+            inputs[name] = inputs[name] * STEPS_PER_GENERATION
     return inputs | {"num_items_in_batch": num_items}
 
 
@@ -88,13 +101,18 @@ def run_case(model: str, folder: str, case: tuple[str, str, str]) -> dict[str, A
     )
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
-    inputs = local_inputs(trainer, CONTROLS[name])
+    trainer.state.max_steps = 8 * STEPS_PER_GENERATION
     wrapped = trainer.accelerator.prepare(trainer.model)
+    # the first rollout's step enters the history that the second one is smoothed against
+    with torch.no_grad():
+        trainer.compute_loss(wrapped, local_inputs(trainer))
+    inputs = local_inputs(trainer)
     loss = trainer.compute_loss(wrapped, inputs)
     trainer.accelerator.backward(loss)
     return {
         "gradients": {name: value.grad for name, value in trainer.model.named_parameters()},
         "metrics": trainer.control_metrics(),
+        "history": trainer.control_state()["entropy_history"]["steps"],
         "processes": trainer.accelerator.num_processes,
     }
 

@@ -44,6 +44,13 @@ def test_gradients_are_equal(results, case):
         torch.testing.assert_close(two[name], gradient, rtol=1e-5, atol=1e-5 * scale.item())
 
 
+def test_history_is_equal(results):
+    for case in CASES:
+        one, two = (result[case]["history"] for result in results)
+        assert one == pytest.approx(two, rel=1e-5)
+        assert len(one) == (1 if case[0] in ("epo", "epo_per_turn", "all") else 0)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
 def test_metrics_are_equal(results, case):
     one, two = (result[case]["metrics"] for result in results)

@@ -38,6 +38,17 @@ def config(tmp_path, **fields):
         ({**CE_GPPO, "delta": 1.2, "epsilon": 0.2}, "delta=1.2 must be above 1 [+] epsilon_high = 1.2"),
         ({**CE_GPPO, "delta": 1.25, "epsilon_high": 0.28}, "delta=1.25 must be above 1 [+] epsilon_high = 1.28"),
         ({**CE_GPPO, "beta": 0.04, "use_bias_correction_kl": True}, "Set use_bias_correction_kl=False, or beta=0"),
+        ({"epo_coef": -0.001}, "epo_coef=-0.001 must be finite and at least 0"),
+        ({"epo_coef": math.nan}, "epo_coef=nan must be finite"),
+        ({"epo_coef": 0.001, "epo_penalty": -0.1}, "epo_penalty=-0.1 must be finite and at least 0"),
+        ({"epo_coef": 0.001, "epo_gamma": math.inf}, "epo_gamma=inf must be finite"),
+        ({"epo_coef": 0.001, "epo_kappa_low": 1.2, "epo_kappa_high": 1.2}, "epo_kappa_low < epo_kappa_high"),
+        ({"epo_coef": 0.001, "epo_kappa_low": -0.1}, "epo_kappa_low=-0.1"),
+        ({"epo_coef": 0.001, "epo_kappa_high": math.nan}, "epo_kappa_high=nan"),
+        ({"epo_coef": 0.001, "epo_schedule": "cosine"}, "epo_schedule='cosine' is unknown. Choose one of decay"),
+        ({"epo_coef": 0.001, "epo_form": "soft"}, "epo_form='soft' is unknown"),
+        ({"epo_coef": 0.001, "epo_history": "window"}, "epo_history='window' is unknown"),
+        ({"epo_coef": 0.001, "use_liger_kernel": True}, "Set use_liger_kernel=False"),
         ({"positive_nll_coef": -0.1}, "positive_nll_coef=-0.1 must be finite and at least 0"),
         ({"positive_nll_coef": math.nan}, "positive_nll_coef=nan must be finite"),
         ({"positive_nll_coef": 0.1, "positive_nll_min_reward": math.nan}, "positive_nll_min_reward=nan"),
@@ -63,6 +74,8 @@ def test_nonsense_is_refused(tmp_path, fields, message):
         {**ERC, "loss_type": "cispo"},
         {**ERC, "loss_type": "sapo"},
         {**ERC, **CE_GPPO, "importance_sampling_level": "sequence", "loss_type": "luspo"},
+        {"epo_coef": 0.001, "epo_kappa_low": 0.0, "epo_kappa_high": 2.0, "loss_type": "vespo"},
+        {"epo_coef": 0.001, "steps_per_generation": None, "epo_history": "per_turn", "epo_form": "indicator"},
         {"use_liger_kernel": False, "loss_type": "vespo", "positive_nll_coef": 0.1},
     ],
 )
@@ -102,8 +115,10 @@ def test_no_warning_without_a_clip(tmp_path, schedule):
 def test_switches_follow_the_fields(tmp_path):
     off = config(tmp_path)
     assert not off.any_control_enabled
-    assert config(tmp_path, **ERC).erc_enabled and not config(tmp_path, **ERC).ce_gppo_enabled
+    assert config(tmp_path, **ERC).erc_enabled
+    assert not config(tmp_path, **ERC).ce_gppo_enabled
     assert config(tmp_path, ce_gppo_alpha1=0.0, ce_gppo_alpha2=0.0).ce_gppo_enabled
     assert config(tmp_path, positive_nll_coef=0.1).any_control_enabled
+    assert config(tmp_path, epo_coef=0.001).any_control_enabled
     assert config(tmp_path, epsilon=0.2).eps_high == 0.2
     assert config(tmp_path, epsilon=0.2, epsilon_high=0.28).eps_high == 0.28

@@ -10,13 +10,14 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_entropy import EntropyGRPOTrainer
+from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
 
 ALL_CONTROLS = {
     "erc_low": 0.95,
     "erc_high": 1.05,
     "ce_gppo_alpha1": 0.75,
     "ce_gppo_alpha2": 1.0,
+    "epo_coef": 0.1,
     "positive_nll_coef": 0.1,
 }
 
@@ -37,7 +38,7 @@ def assert_same_weights(first, second):
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
-@pytest.mark.parametrize("config_class", [None, GRPOConfig])
+@pytest.mark.parametrize("config_class", [EntropyGRPOConfig, GRPOConfig])
 def test_no_control_is_bit_for_bit_trl(make_trainer, tmp_path, config_class, num_iterations):
     settings = {"max_steps": 5, "num_iterations": num_iterations}
     ours = trained(make_trainer(tmp_path / "ours", config_class=config_class, **settings))
@@ -134,7 +135,7 @@ def test_missing_rollout_tensors_are_named(make_trainer):
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     batch = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
-    for key in ("old_entropies", "rewards"):
+    for key in ("old_entropies", "num_trajectories", "num_correct_tokens"):
         with pytest.raises(KeyError, match=key):
             trainer.compute_loss(trainer.model, {name: value for name, value in batch.items() if name != key})
 

@@ -5,18 +5,22 @@ carry no autograd graph: they decide how much gradient a token gets and are neve
 """
 
 from .ce_gppo import ce_gppo
+from .epo import EntropyHistory, epo, epo_beta
 from .erc import entropy_ratio, erc
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
 from .positive_nll import positive_nll
 from .tokens import PolicyTokens, TokenMean
 
 __all__ = [
+    "EntropyHistory",
     "PolicyTokens",
     "TokenMean",
     "bounded_old_logps",
     "ce_gppo",
     "clipped_by_ppo",
     "entropy_ratio",
+    "epo",
+    "epo_beta",
     "erc",
     "log_importance_weight",
     "positive_nll",

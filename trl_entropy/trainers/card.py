@@ -17,6 +17,21 @@ METHODS = {
         "CE-GPPO: Coordinating Entropy via Gradient-Preserving Clipping Policy Optimization in Reinforcement Learning",
         "2509.20712",
     ),
+    "EPO": (
+        "epo_enabled",
+        (
+            "epo_coef",
+            "epo_kappa_low",
+            "epo_kappa_high",
+            "epo_penalty",
+            "epo_gamma",
+            "epo_schedule",
+            "epo_form",
+            "epo_history",
+        ),
+        "EPO: Entropy-regularized Policy Optimization for LLM Agents Reinforcement Learning",
+        "2509.22576",
+    ),
     "Positive NLL": (
         "positive_nll_enabled",
         ("positive_nll_coef", "positive_nll_min_reward"),

@@ -11,6 +11,12 @@ PPO_CLIP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 ERC_LOSSES = (*PPO_CLIP_LOSSES, "cispo", "sapo")
 """TRL's loss types that are linear in each token's advantage, so that a token can be left out of them."""
 
+EPO_CHOICES = {
+    "epo_schedule": ("decay", "grow", "constant"),
+    "epo_form": ("hinge", "indicator"),
+    "epo_history": ("scalar", "per_turn"),
+}
+
 
 @dataclass
 class EntropyGRPOConfig(GRPOConfig):
@@ -19,7 +25,7 @@ class EntropyGRPOConfig(GRPOConfig):
     Args:
         erc_low (`float`, *optional*):
             ERC (arXiv 2512.05591): a token keeps its policy gradient only while its entropy ratio
-            `(H + 1e-8) / (H_old + 1e-8)` is above this bound, in [0, 1). Set together with `erc_high`. Published: 0.95.
+            `(H + 1e-8) / (H_old + 1e-8)` is above this bound, in [0, 1). Set with `erc_high`. Published: 0.95.
         erc_high (`float`, *optional*):
             ERC: and only while the ratio is below this bound, above 1. Published: 1.05.
         ce_gppo_alpha1 (`float`, *optional*):
@@ -29,6 +35,26 @@ class EntropyGRPOConfig(GRPOConfig):
         ce_gppo_alpha2 (`float`, *optional*):
             CE-GPPO: share given back to tokens clipped above the trust region (`A > 0`, `r > 1 + epsilon_high`), at
             least 0. Published: 1.
+        epo_coef (`float`, *optional*, defaults to `0.0`):
+            EPO (arXiv 2509.22576): weight lambda of the smoothed entropy term, at least 0; 0 is off. Published: 0.001.
+        epo_kappa_low (`float`, *optional*, defaults to `0.8`):
+            EPO: lower edge of the entropy corridor as a multiple of the mean entropy of the earlier RL steps.
+            Published with `epo_kappa_high`: (0, 2), (0.8, 1.2), (0.5, 1.5).
+        epo_kappa_high (`float`, *optional*, defaults to `1.2`):
+            EPO: upper edge, above `epo_kappa_low`.
+        epo_penalty (`float`, *optional*, defaults to `0.1`):
+            EPO: weight alpha of the penalty outside the corridor, at least 0; the paper keeps it below 0.5. Published:
+            0.05 (ScienceWorld), 0.1 (ALFWorld).
+        epo_gamma (`float`, *optional*, defaults to `3.0`):
+            EPO: rate of the schedule of the smoothing weight beta, at least 0.
+        epo_schedule (`str`, *optional*, defaults to `"decay"`):
+            EPO: `"decay"` takes beta from 2 towards 1 (the paper), `"grow"` from 1 towards 2, `"constant"` keeps it 1.
+        epo_form (`str`, *optional*, defaults to `"hinge"`):
+            EPO: penalty outside the corridor, `"hinge"` (distance, v2 of the paper) or `"indicator"` (0 or 1, v1 and
+            the released code). The indicator's gradient is exactly zero: it is only reported.
+        epo_history (`str`, *optional*, defaults to `"scalar"`):
+            EPO: `"scalar"` for one history of all tokens (the paper), `"per_turn"` for one per turn index (the
+            released code).
         positive_nll_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the token-mean negative log-likelihood of the correct completions that is added to the loss
             (arXiv 2508.07629), at least 0. The released recipes of ERC and CE-GPPO all use 0.1.
@@ -54,6 +80,29 @@ class EntropyGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "CE-GPPO: share of the gradient given back above the trust region. Published: 1."},
     )
+    epo_coef: float = field(
+        default=0.0, metadata={"help": "EPO: weight lambda of the smoothed entropy term; 0 is off. Published: 0.001."}
+    )
+    epo_kappa_low: float = field(
+        default=0.8, metadata={"help": "EPO: lower edge of the corridor, as a multiple of the mean past entropy."}
+    )
+    epo_kappa_high: float = field(
+        default=1.2, metadata={"help": "EPO: upper edge of the corridor, as a multiple of the mean past entropy."}
+    )
+    epo_penalty: float = field(
+        default=0.1, metadata={"help": "EPO: weight alpha of the penalty outside the corridor."}
+    )
+    epo_gamma: float = field(default=3.0, metadata={"help": "EPO: rate of the schedule of the smoothing weight."})
+    epo_schedule: str = field(
+        default="decay", metadata={"help": "EPO: schedule of the smoothing weight: decay, grow or constant."}
+    )
+    epo_form: str = field(
+        default="hinge", metadata={"help": "EPO: penalty outside the corridor: hinge, or indicator (no gradient)."}
+    )
+    epo_history: str = field(
+        default="scalar",
+        metadata={"help": "EPO: one history of all tokens (scalar), or one per turn index (per_turn)."},
+    )
     positive_nll_coef: float = field(
         default=0.0,
         metadata={"help": "Weight of the negative log-likelihood of the correct completions. Published: 0.1."},
@@ -71,12 +120,16 @@ class EntropyGRPOConfig(GRPOConfig):
         return self.ce_gppo_alpha1 is not None
 
     @property
+    def epo_enabled(self) -> bool:
+        return self.epo_coef != 0.0
+
+    @property
     def positive_nll_enabled(self) -> bool:
         return self.positive_nll_coef != 0.0
 
     @property
     def any_control_enabled(self) -> bool:
-        return self.erc_enabled or self.ce_gppo_enabled or self.positive_nll_enabled
+        return self.erc_enabled or self.ce_gppo_enabled or self.epo_enabled or self.positive_nll_enabled
 
     @property
     def eps_high(self) -> float:
@@ -87,6 +140,7 @@ class EntropyGRPOConfig(GRPOConfig):
         super().__post_init__()
         self._check_erc()
         self._check_ce_gppo()
+        self._check_epo()
         self._check_positive_nll()
         if self.any_control_enabled and self.use_liger_kernel:
             raise ValueError(
@@ -139,11 +193,27 @@ class EntropyGRPOConfig(GRPOConfig):
                 "which CE-GPPO sets to 1 for clipped tokens. Set use_bias_correction_kl=False, or beta=0."
             )
 
-    def _check_positive_nll(self) -> None:
-        if not (self.positive_nll_coef >= 0.0 and math.isfinite(self.positive_nll_coef)):
+    def _check_epo(self) -> None:
+        published = {"epo_coef": "0.001; 0 is off", "epo_penalty": "0.05 and 0.1", "epo_gamma": "3"}
+        for name, values in published.items():
+            self._check_not_negative(name, values)
+        low, high = self.epo_kappa_low, self.epo_kappa_high
+        if not 0.0 <= low < high:
             raise ValueError(
-                f"positive_nll_coef={self.positive_nll_coef} must be finite and at least 0. Published: 0.1; 0 is off."
+                f"epo_kappa_low={low} and epo_kappa_high={high} must satisfy 0 <= epo_kappa_low < epo_kappa_high. "
+                "Published: (0, 2), (0.8, 1.2) and (0.5, 1.5)."
             )
+        for name, choices in EPO_CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose one of {', '.join(choices)}.")
+
+    def _check_not_negative(self, name: str, published: str) -> None:
+        value = getattr(self, name)
+        if not (value >= 0.0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value} must be finite and at least 0. Published: {published}.")
+
+    def _check_positive_nll(self) -> None:
+        self._check_not_negative("positive_nll_coef", "0.1; 0 is off")
         if math.isnan(self.positive_nll_min_reward):
             raise ValueError(
                 f"positive_nll_min_reward={self.positive_nll_min_reward} must be a number: the total reward from "

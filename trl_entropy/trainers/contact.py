@@ -7,7 +7,7 @@ controls decide into that copy, so TRL's loss does the rest. No line of that los
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,14 +25,16 @@ class LossCall:
     Attributes:
         inputs: Shallow copy of the micro-batch; what is written here is what TRL's loss reads.
         mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
-        logps: Log-probs of the sampled tokens, with their graph, `(B, T)`; `None` before the forward pass.
-        entropies: Entropies as TRL's loss reads them, nats, `(B, T)`; `None` before the forward pass.
+        forward_done: Whether the forward pass has been made; only then are there the two below.
+        logps: Log-probs of the sampled tokens, with their graph, `(B, T)`.
+        entropies: Entropies as TRL's loss reads them, nats, `(B, T)`.
     """
 
     inputs: dict[str, Any]
     mask: Tensor
-    logps: Tensor | None = None
-    entropies: Tensor | None = None
+    forward_done: bool = False
+    logps: Tensor = field(init=False)
+    entropies: Tensor = field(init=False)
 
 
 def loss_mask(inputs: dict[str, Any]) -> Tensor:
@@ -51,7 +53,8 @@ class GRPOContact(GRPOTrainer):
     _loss_call: LossCall | None = None
     _rollout_forwards: list[tuple[Tensor, Tensor]] | None = None
     _rewards_per_func: Tensor | None = None
-    _train_sampler: Sampler | None = None
+    _train_sampler: Any = None
+    _entropy_bonus_enabled: bool
 
     @property
     def controlled(self) -> bool:
@@ -61,6 +64,11 @@ class GRPOContact(GRPOTrainer):
     @property
     def wants_old_entropies(self) -> bool:
         """Whether the rollout's forward pass shall also yield the entropies, as `inputs["old_entropies"]`."""
+        return False
+
+    @property
+    def wants_entropy_gradients(self) -> bool:
+        """Whether the entropies of the loss's forward pass shall carry their graph."""
         return False
 
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
@@ -77,6 +85,13 @@ class GRPOContact(GRPOTrainer):
     def added_loss(self, call: LossCall) -> Tensor | None:
         """A scalar to add to TRL's loss, or `None`."""
         return None
+
+    def control_state(self) -> dict[str, Any]:
+        """What the controls of this process need to resume exactly: tensors, numbers and text, in lists and dicts."""
+        return {}
+
+    def load_control_state(self, state: dict[str, Any]) -> None:
+        """Continue from `control_state()`."""
 
     def control_metrics(self) -> dict[str, float]:
         """The controls' metrics since they were last logged, in the current `mode`."""
@@ -95,7 +110,7 @@ class GRPOContact(GRPOTrainer):
             loss = super().compute_loss(model, call.inputs, *args, **kwargs)
         finally:
             self._loss_call = None
-        if call.logps is None:
+        if not call.forward_done:
             raise RuntimeError(
                 f"TRL {trl.__version__} computes its loss without `_get_per_token_logps_and_entropies`, so the "
                 "entropy controls cannot act. Install a supported version of TRL."
@@ -104,16 +119,21 @@ class GRPOContact(GRPOTrainer):
         return loss if added is None else loss + added
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        in_rollout = self._rollout_forwards is not None and model is not self.ref_model
-        if in_rollout:
+        forwards = None if model is self.ref_model else self._rollout_forwards
+        if forwards is not None:
             kwargs["compute_entropy"] = True
-        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        call, bonus_enabled = self._loss_call, self._entropy_bonus_enabled
+        if call is not None and self.wants_entropy_gradients:
+            self._entropy_bonus_enabled = True  # TRL below 1.16 detaches the entropies otherwise
+        try:
+            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        finally:
+            self._entropy_bonus_enabled = bonus_enabled
         logps, entropies = result[:2]
-        if in_rollout:
-            self._rollout_forwards.append((logps, entropies))
-        call = self._loss_call
-        if call is not None and call.logps is None:
-            call.logps, call.entropies = logps, entropies
+        if forwards is not None:
+            forwards.append((logps, entropies))
+        if call is not None and not call.forward_done:
+            call.forward_done, call.logps, call.entropies = True, logps, entropies
             self.on_forward(call, logps, entropies)
         return result
 
@@ -148,6 +168,11 @@ class GRPOContact(GRPOTrainer):
 
     def _local_rewards(self, num_completions: int) -> Tensor:
         """Weighted total reward of this process's completions, `(B,)`; NaN where no reward function scored one."""
+        if self._rewards_per_func is None:
+            raise RuntimeError(
+                f"TRL {trl.__version__} scores a rollout without `_calculate_rewards`, so its rewards are unknown. "
+                "Install a supported version of TRL."
+            )
         start = self.accelerator.process_index * num_completions
         rewards = self._rewards_per_func[start : start + num_completions]
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
@@ -180,6 +205,7 @@ class GRPOContact(GRPOTrainer):
             "step": self._step,
             "num_processes": self.accelerator.num_processes,
             "buffered_inputs": self._buffered_inputs if in_use else None,
+            "controls": self.control_state(),
         }
         torch.save(state, path + ".part")
         os.replace(path + ".part", path)
@@ -196,6 +222,7 @@ class GRPOContact(GRPOTrainer):
             return
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         self._step = state["step"]
+        self.load_control_state(state["controls"])
         if state["num_processes"] == self.accelerator.num_processes:
             self._buffered_inputs = state["buffered_inputs"]
         elif state["buffered_inputs"] is not None:

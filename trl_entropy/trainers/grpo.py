@@ -1,18 +1,22 @@
 """GRPO with entropy control."""
 
+import math
 import os
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..controls import (
+    EntropyHistory,
     PolicyTokens,
     TokenMean,
     bounded_old_logps,
     ce_gppo,
     clipped_by_ppo,
+    epo,
+    epo_beta,
     erc,
     log_importance_weight,
     positive_nll,
@@ -36,10 +40,11 @@ class EntropyGRPOTrainer(GRPOContact):
     Arguments and errors are those of `trl.GRPOTrainer`; with a plain `trl.GRPOConfig` every control is off.
     """
 
-    _tag_names = ["trl", "grpo", "trl-entropy"]
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "trl-entropy"]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
+        self._entropy_history = EntropyHistory()
         super().__init__(*args, **kwargs)
 
     @property
@@ -48,13 +53,24 @@ class EntropyGRPOTrainer(GRPOContact):
 
     @property
     def wants_old_entropies(self) -> bool:
-        return self.args.erc_enabled
+        return self.args.erc_enabled or self.args.epo_enabled
+
+    @property
+    def wants_entropy_gradients(self) -> bool:
+        return self.args.epo_enabled
 
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
+        if self.args.epo_enabled:
+            output["num_trajectories"] = self.accelerator.gather(loss_mask(output).any(1).sum()).sum()
+            if self.mode == "train":
+                self._entropy_history.finish_step(self._sum_over_processes)
         if self.args.positive_nll_enabled:
             tokens = loss_mask(output) & self._is_correct(rewards).unsqueeze(-1)
             output["rewards"] = rewards
             output["num_correct_tokens"] = self.accelerator.gather(tokens.sum()).sum()
+
+    def _sum_over_processes(self, totals: Tensor) -> Tensor:
+        return self.accelerator.reduce(self.accelerator.pad_across_processes(totals, dim=0))
 
     def _is_correct(self, rewards: Tensor) -> Tensor:
         return rewards >= self.args.positive_nll_min_reward
@@ -64,12 +80,11 @@ class EntropyGRPOTrainer(GRPOContact):
         if not (self.args.erc_enabled or self.args.ce_gppo_enabled):
             return
         inputs, logps = call.inputs, logps.detach()
-        old_logps = inputs.get("old_per_token_logps")
-        on_policy = old_logps is None
+        on_policy = inputs.get("old_per_token_logps") is None
         advantages = inputs["advantages"]
         tokens = PolicyTokens(
             logps=logps,
-            old_logps=logps if on_policy else old_logps,
+            old_logps=logps if on_policy else inputs["old_per_token_logps"],
             advantages=(advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logps),
             mask=call.mask,
         )
@@ -109,27 +124,72 @@ class EntropyGRPOTrainer(GRPOContact):
         return tokens, metrics
 
     def added_loss(self, call: LossCall) -> Tensor | None:
-        if not self.args.positive_nll_enabled:
-            return None
-        if "rewards" not in call.inputs:
-            raise KeyError(
-                f"positive_nll_coef={self.args.positive_nll_coef} needs each completion's reward: the micro-batch has "
-                "no `rewards`. Let the trainer make the rollout, or add them."
-            )
-        # As TRL's token mean: the count spans the rollout, so rescale it to one accumulation window of one process
-        num_tokens = call.inputs["num_correct_tokens"].clamp(min=1) / self.accelerator.num_processes
+        added = []
+        if self.args.epo_enabled:
+            added.append(self.args.epo_coef * self._epo_loss(call))
+        if self.args.positive_nll_enabled:
+            added.append(self.args.positive_nll_coef * self._positive_nll_loss(call))
+        return torch.stack(added).sum() if added else None
+
+    def _epo_loss(self, call: LossCall) -> Tensor:
+        args, history = self.args, self._entropy_history
         if self.mode == "train":
-            num_tokens = num_tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+            # the policy that wrote the rollout; on-policy it is the one being trained
+            history.add(call.inputs.get("old_entropies", call.entropies), call.mask)
+        updates = args.steps_per_generation * self.num_iterations / args.gradient_accumulation_steps
+        loss, metrics = epo(
+            call.entropies,
+            call.mask,
+            history.mean(args.epo_history, like=call.entropies.detach()),
+            beta=epo_beta(
+                len(history),
+                math.ceil(self.state.max_steps / updates),
+                gamma=args.epo_gamma,
+                schedule=args.epo_schedule,
+            ),
+            kappa_low=args.epo_kappa_low,
+            kappa_high=args.epo_kappa_high,
+            penalty=args.epo_penalty,
+            form=args.epo_form,
+            num_trajectories=self._per_window(call, "num_trajectories", f"epo_coef={args.epo_coef}"),
+        )
+        self._token_means[self.mode].add(metrics)
+        return loss
+
+    def _positive_nll_loss(self, call: LossCall) -> Tensor:
+        needed_by = f"positive_nll_coef={self.args.positive_nll_coef}"
+        num_tokens = self._per_window(call, "num_correct_tokens", needed_by)
         correct = self._is_correct(call.inputs["rewards"])
         loss, metrics = positive_nll(call.logps, call.mask, correct, num_tokens)
         self._token_means[self.mode].add(metrics)
-        return self.args.positive_nll_coef * loss
+        return loss
+
+    def _per_window(self, call: LossCall, name: str, needed_by: str) -> Tensor:
+        """A count over the whole rollout, rescaled to one accumulation window of one process, as TRL's token mean is.
+
+        A loss divided by it, summed over micro-batches and averaged over processes, is the mean over the rollout.
+        """
+        if name not in call.inputs:
+            raise KeyError(
+                f"{needed_by} needs `{name}`, which the micro-batch does not have. Let the trainer make the rollout, "
+                "or add it."
+            )
+        count = call.inputs[name].clamp(min=1) / self.accelerator.num_processes
+        if self.mode == "train":
+            count = count * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return count
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.controlled and self.accelerator.sync_gradients:
             self._token_means[self.mode].close_window(self.accelerator.reduce)
         return loss
+
+    def control_state(self) -> dict[str, Any]:
+        return {"entropy_history": self._entropy_history.state_dict()}
+
+    def load_control_state(self, state: dict[str, Any]) -> None:
+        self._entropy_history.load_state_dict(state["entropy_history"])
 
     def control_metrics(self) -> dict[str, float]:
         return self._token_means[self.mode].pop()

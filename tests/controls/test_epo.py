@@ -1,0 +1,162 @@
+"""EPO by hand."""
+
+import math
+
+import pytest
+import torch
+
+from trl_entropy.controls import EntropyHistory, epo, epo_beta
+from trl_entropy.controls.epo import corridor_penalty, trajectory_weights, turn_indices
+
+# two turns of two and one tokens around an observation; one turn of three; nothing
+MASK = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
+ENTROPIES = torch.tensor([[1.0, 3.0, 99.0, 4.0], [1.0, 2.0, 6.0, 99.0], [99.0] * 4], dtype=torch.float64)
+SETTINGS = {"beta": 2.0, "kappa_low": 0.5, "kappa_high": 1.5, "penalty": 0.1, "form": "hinge", "num_trajectories": 2.0}
+
+
+def identity(totals):
+    return totals
+
+
+def test_turns_are_runs_of_model_written_tokens():
+    assert turn_indices(MASK).tolist() == [[0, 0, -1, 1], [0, 0, 0, -1], [-1, -1, -1, -1]]
+    late_start = torch.tensor([[0, 1, 0, 0, 1, 1, 0, 1]]).bool()
+    assert turn_indices(late_start).tolist() == [[-1, 0, -1, -1, 1, 1, -1, 2]]
+
+
+def test_weights_of_the_triple_mean():
+    # row 0 has two turns: 1 / (2 x 2) each for the first, 1 / (2 x 1) for the second; row 1 has one turn of three
+    weights = trajectory_weights(MASK, turn_indices(MASK), torch.float64)
+    expected = [[0.25, 0.25, 0.0, 0.5], [1 / 3, 1 / 3, 1 / 3, 0.0], [0.0] * 4]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_first_step_is_not_smoothed():
+    # L_H = mean of (mean of 2 and 4, mean of 1, 2 and 6) = (3 + 3) / 2
+    loss, metrics = epo(ENTROPIES, MASK, None, **SETTINGS)
+    assert loss.item() == pytest.approx(-3.0)
+    assert set(metrics) == {"epo/beta"}
+
+
+def test_hinge_by_hand():
+    # history 2: corridor [1, 3]. Only 4 (by 1) and 6 (by 3) lie outside:
+    # L_smooth = 0.1 x (0.5 x 1 + (1/3) x 3) / 2 = 0.075; loss = -(3 - 2 x 0.075)
+    entropies = ENTROPIES.clone().requires_grad_()
+    loss, metrics = epo(entropies, MASK, torch.tensor(2.0, dtype=torch.float64), **SETTINGS)
+    assert loss.item() == pytest.approx(-2.85)
+    loss.backward()
+    # d/dH = -w/2, and + beta alpha w/2 = + 0.2 w/2 above the corridor
+    expected = [[-0.125, -0.125, 0.0, -0.25 + 0.05], [-1 / 6, -1 / 6, -1 / 6 + 0.2 / 6, 0.0], [0.0] * 4]
+    torch.testing.assert_close(entropies.grad, torch.tensor(expected, dtype=torch.float64))
+    means = {name: (m.totals()[0] / m.totals()[1]).item() for name, m in metrics.items()}
+    assert means == {
+        "epo/beta": 2.0,
+        "epo/corridor_low": 1.0,
+        "epo/corridor_high": 3.0,
+        "epo/below_fraction": 0.0,
+        "epo/above_fraction": pytest.approx(2 / 6),
+        "epo/outside_fraction": pytest.approx(2 / 6),
+        "epo/penalty": pytest.approx(4 / 6),
+    }
+
+
+def test_below_the_corridor_the_hinge_pushes_up():
+    entropies = torch.tensor([[0.25]], requires_grad=True)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    loss, metrics = epo(entropies, mask, torch.tensor(1.0), **SETTINGS | {"num_trajectories": 1.0})
+    # -(0.25 - 2 x 0.1 x (0.5 - 0.25)) and its slope -(1 + 0.2)
+    assert loss.item() == pytest.approx(-0.2)
+    loss.backward()
+    assert entropies.grad.item() == pytest.approx(-1.2)
+    assert metrics["epo/below_fraction"].totals().tolist() == [1.0, 1.0]
+
+
+def test_indicator_is_reported_and_has_no_gradient():
+    low, high = torch.tensor(1.0), torch.tensor(3.0)
+    entropies = torch.tensor([[0.5, 1.0, 3.0, 3.5]], requires_grad=True)
+    assert corridor_penalty(entropies, low, high, "indicator").tolist() == [[1.0, 0.0, 0.0, 1.0]]
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    smoothed, _ = epo(entropies, mask, torch.tensor(2.0), **SETTINGS | {"form": "indicator"})
+    (gradient,) = torch.autograd.grad(smoothed, entropies)
+    (bonus_only,) = torch.autograd.grad(epo(entropies, mask, None, **SETTINGS)[0], entropies)
+    assert torch.equal(gradient, bonus_only)
+    # the value has it: 2 x 0.1 x (2 of 4 tokens) / 2 trajectories
+    assert (smoothed - epo(entropies, mask, None, **SETTINGS)[0]).item() == pytest.approx(0.05)
+
+
+def test_per_turn_history_smooths_only_turns_that_have_one():
+    # turn 0 has history 2 (corridor [1, 3]), turn 1 none: the 4 of row 0 is not smoothed, the 6 of row 1 is
+    history = torch.tensor([2.0], dtype=torch.float64)
+    loss, metrics = epo(ENTROPIES, MASK, history, **SETTINGS)
+    assert loss.item() == pytest.approx(-(3.0 - 2 * 0.1 * (1 / 3) * 3 / 2))
+    assert metrics["epo/above_fraction"].totals().tolist() == [1.0, 5.0]
+    # with history 8 for turn 1, its corridor is [4, 12] and the 4 lies inside
+    both = torch.tensor([2.0, 8.0], dtype=torch.float64)
+    assert epo(ENTROPIES, MASK, both, **SETTINGS)[0].item() == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first", "middle", "last"),
+    [
+        ("decay", 2.0, 1 + math.exp(-3), 1 + math.exp(-6)),
+        ("grow", 1.0, 2 - math.exp(-3), 2 - math.exp(-6)),
+        ("constant", 1.0, 1.0, 1.0),
+    ],
+)
+def test_schedules(schedule, first, middle, last):
+    # K = 101, so k_mid = floor(50.5) = 50
+    values = [epo_beta(k, 101, gamma=3.0, schedule=schedule) for k in (0, 50, 100)]
+    assert values == pytest.approx([first, middle, last], rel=1e-12)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="epo_schedule='cosine'"):
+        epo_beta(0, 1, gamma=3.0, schedule="cosine")
+    with pytest.raises(ValueError, match="epo_form='soft'"):
+        corridor_penalty(ENTROPIES, torch.tensor(0.0), torch.tensor(1.0), "soft")
+
+
+def test_history_is_cumulative_and_weighted_by_tokens_within_a_step():
+    history = EntropyHistory()
+    assert history.mean("scalar", like=ENTROPIES) is None
+    assert len(history) == 0
+    history.add(ENTROPIES, MASK)
+    assert len(history) == 0, "the running step is not part of its own history"
+    history.finish_step(identity)
+    # step 0: (1 + 3 + 4 + 1 + 2 + 6) / 6 = 17/6; turn 0: 13/5, turn 1: 4
+    assert history.mean("scalar", like=ENTROPIES).item() == pytest.approx(17 / 6, rel=1e-14)
+    history.add(torch.full((1, 2), 1.0), torch.ones(1, 2, dtype=torch.bool))
+    history.add(torch.full((1, 1), 4.0), torch.ones(1, 1, dtype=torch.bool))
+    history.finish_step(identity)
+    # step 1: (1 + 1 + 4) / 3 = 2; no trajectory reached turn 1, so its mean stays 4
+    assert history.mean("scalar", like=ENTROPIES).item() == pytest.approx((17 / 6 + 2) / 2)
+    assert history.mean("per_turn", like=ENTROPIES).tolist() == pytest.approx([(13 / 5 + 2) / 2, 4.0])
+    assert len(history) == 2
+
+
+def test_history_sums_over_processes_and_skips_empty_steps():
+    history = EntropyHistory()
+    history.finish_step(identity)
+    history.add(ENTROPIES, torch.zeros_like(MASK))
+    history.finish_step(identity)
+    assert len(history) == 0
+    history.add(torch.full((1, 1), 1.0), torch.ones(1, 1, dtype=torch.bool))
+    history.finish_step(lambda totals: totals + torch.tensor([[7.0, 3.0]]))
+    assert history.steps == [2.0]
+
+
+def test_history_survives_saving_with_a_step_under_way(tmp_path):
+    whole, saved = EntropyHistory(), EntropyHistory()
+    for history in (whole, saved):
+        history.add(ENTROPIES, MASK)
+        history.finish_step(identity)
+        history.add(ENTROPIES * 2, MASK)
+    torch.save(saved.state_dict(), tmp_path / "state.pt")
+    resumed = EntropyHistory()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for history in (whole, resumed):
+        history.add(ENTROPIES[:2, :3], MASK[:2, :3])
+        history.finish_step(identity)
+    assert resumed.steps == whole.steps
+    assert resumed.turn_steps == whole.turn_steps
+    assert len(whole) == 2

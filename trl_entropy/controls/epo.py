@@ -1,0 +1,222 @@
+"""EPO: entropy smoothed against its own history, for multi-turn agents (arXiv 2509.22576, v2 of February 2026)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tokens import TokenMean
+
+
+def turn_indices(mask: Tensor) -> Tensor:
+    """Index of the turn that each token belongs to; a turn is a maximal run of tokens that the model wrote.
+
+    Args:
+        mask: True for the tokens that the model wrote, bool `(B, T)`.
+
+    Returns:
+        0 for a completion's first turn, 1 for its second, ...; -1 where `mask` is False. Int64 `(B, T)`.
+    """
+    previous = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=False)
+    return ((mask & ~previous).cumsum(-1) - 1).masked_fill(~mask, -1)
+
+
+def trajectory_weights(mask: Tensor, turns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights whose weighted sum is the sum over trajectories of the mean over turns of the mean over a turn's tokens.
+
+    Args:
+        mask: Bool, `(B, T)`.
+        turns: From `turn_indices`, `(B, T)`.
+        dtype: Of the result.
+
+    Returns:
+        `1 / (turns of the trajectory x tokens of the turn)`, 0 where `mask` is False, `(B, T)`.
+    """
+    index, ones = turns.clamp(min=0), mask.to(dtype)
+    turn_lengths = torch.zeros_like(ones).scatter_add_(1, index, ones)
+    num_turns = (turn_lengths > 0).sum(1, keepdim=True)
+    return ones / (turn_lengths.gather(1, index) * num_turns).clamp(min=1.0)
+
+
+def epo_beta(step: int, total_steps: int, *, gamma: float, schedule: str) -> float:
+    """Weight of the smoothing term at an RL step (arXiv 2509.22576).
+
+    `decay`, the paper's: `1 + exp(-gamma k / k_mid)` with `k_mid = floor(K / 2)`, from 2 towards 1. `grow` mirrors it,
+    `2 - exp(-gamma k / k_mid)`, from 1 towards 2, as a widely read summary of the paper describes it. `constant` is 1.
+
+    Args:
+        step: Index `k` of the RL step (batch of rollouts), from 0.
+        total_steps: Number `K` of RL steps of the training.
+        gamma: Rate, at least 0.
+        schedule: `"decay"`, `"grow"` or `"constant"`.
+
+    Raises:
+        ValueError: If `schedule` is none of the three.
+    """
+    decayed = math.exp(-gamma * step / max(total_steps // 2, 1))
+    values = {"decay": 1.0 + decayed, "grow": 2.0 - decayed, "constant": 1.0}
+    if schedule not in values:
+        raise ValueError(f"epo_schedule={schedule!r} is unknown. Choose one of {', '.join(values)}.")
+    return values[schedule]
+
+
+def corridor_penalty(entropies: Tensor, low: Tensor, high: Tensor, form: str) -> Tensor:
+    """How far each token's entropy lies outside the corridor (arXiv 2509.22576).
+
+    `hinge` (v2 of the paper): `relu(low - H) + relu(H - high)`. `indicator` (v1 and the released code): 1 outside, 0
+    inside; it is piecewise constant, so its gradient is exactly zero and only the reported loss shows it.
+
+    Args:
+        entropies: Nats, with their graph, `(B, T)`.
+        low: Lower edge, nats, broadcastable to `(B, T)`.
+        high: Upper edge, nats.
+        form: `"hinge"` or `"indicator"`.
+
+    Raises:
+        ValueError: If `form` is neither.
+    """
+    if form == "hinge":
+        return torch.relu(low - entropies) + torch.relu(entropies - high)
+    if form == "indicator":
+        return ((entropies < low) | (entropies > high)).to(entropies.dtype)
+    raise ValueError(f"epo_form={form!r} is unknown. Choose hinge or indicator.")
+
+
+def epo(
+    entropies: Tensor,
+    mask: Tensor,
+    history: Tensor | None,
+    *,
+    beta: float,
+    kappa_low: float,
+    kappa_high: float,
+    penalty: float,
+    form: str,
+    num_trajectories: Tensor | float,
+) -> tuple[Tensor, dict[str, TokenMean]]:
+    """`-(L_H - beta_k L_smooth)`, to be multiplied by lambda and added to the policy loss (arXiv 2509.22576).
+
+    `L_H` is the mean over trajectories of the mean over turns of the mean over a turn's tokens of `H`; `L_smooth` is
+    the same mean of `penalty * P`, with `P` the distance of `H` from the corridor `[kappa_low, kappa_high] x history`.
+    Trajectories without a valid token do not count.
+
+    Args:
+        entropies: Nats, with their graph, `(B, T)`.
+        mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
+        history: Mean entropy of the earlier RL steps, nats, 0-dim, or `(turns,)` for one per turn index with NaN where
+            a turn index has none; `None` at the first RL step, which is not smoothed.
+        beta: `beta_k`, from `epo_beta`.
+        kappa_low: Lower edge of the corridor, as a multiple of `history`.
+        kappa_high: Upper edge.
+        penalty: `alpha`.
+        form: See `corridor_penalty`.
+        num_trajectories: Normaliser of the mean over trajectories.
+
+    Returns:
+        The scalar loss, and the metrics.
+    """
+    turns = turn_indices(mask)
+    weights = trajectory_weights(mask, turns, entropies.dtype)
+    # where, not the weight alone: an observation's entropy may be anything
+    bonus = (weights * torch.where(mask, entropies, 0.0)).sum() / num_trajectories
+    metrics = {"epo/beta": TokenMean(torch.full((), beta, device=mask.device), mask)}
+    if history is None:
+        return -bonus, metrics
+    reference = history if history.dim() == 0 else _per_token(history, turns)
+    smoothed = mask & ~reference.isnan()
+    low, high = kappa_low * reference, kappa_high * reference
+    distance = torch.where(smoothed, corridor_penalty(entropies, low, high, form), 0.0)
+    smooth = (weights * penalty * distance).sum() / num_trajectories
+    current = entropies.detach()
+    metrics |= {
+        "epo/corridor_low": TokenMean(low, smoothed),
+        "epo/corridor_high": TokenMean(high, smoothed),
+        "epo/below_fraction": TokenMean(current < low, smoothed),
+        "epo/above_fraction": TokenMean(current > high, smoothed),
+        "epo/outside_fraction": TokenMean((current < low) | (current > high), smoothed),
+        "epo/penalty": TokenMean(distance.detach(), smoothed),
+    }
+    return -(bonus - beta * smooth), metrics
+
+
+def _per_token(history: Tensor, turns: Tensor) -> Tensor:
+    """Each token's turn looked up in the history of turn indices, NaN beyond its end; `(B, T)`."""
+    padded = torch.nn.functional.pad(history, (0, 1), value=math.nan)
+    return padded[turns.clamp(min=0, max=len(history))]
+
+
+class EntropyHistory:
+    """Mean token entropy of every finished RL step, and the sums of the one that runs.
+
+    One RL step is one batch of rollouts. The mean over the steps is cumulative: the paper argues against a sliding
+    window. A turn index that no trajectory of a step reached has no entry for that step (the released code enters a
+    zero, which drags the mean down).
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.turn_steps: list[list[float]] = []
+        self._running: Tensor | None = None
+        self._means: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        """Number of finished RL steps: the index `k` of the one that runs."""
+        return len(self.steps)
+
+    def add(self, entropies: Tensor, mask: Tensor) -> None:
+        """Add the tokens of one micro-batch of the running step, each under the policy that wrote it, `(B, T)`."""
+        turns, device = turn_indices(mask).clamp(min=0).flatten(), mask.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        totals = torch.zeros(mask.shape[1], 2, device=device, dtype=dtype)
+        totals[:, 0].scatter_add_(0, turns, torch.where(mask, entropies.detach().to(dtype), 0.0).flatten())
+        totals[:, 1].scatter_add_(0, turns, mask.to(dtype).flatten())
+        self._running = totals if self._running is None else _padded_sum(totals, self._running)
+
+    def finish_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """End the running step, if there is one: `reduce` sums a `(turns, 2)` tensor over the processes."""
+        if self._running is None:
+            return
+        totals, self._running = reduce(self._running).cpu(), None
+        reached = totals[totals[:, 1] > 0]
+        if len(reached):
+            self.steps.append((reached[:, 0].sum() / reached[:, 1].sum()).item())
+            self.turn_steps.append((reached[:, 0] / reached[:, 1]).tolist())
+            self._means = {}
+
+    def mean(self, kind: str, like: Tensor) -> Tensor | None:
+        """Mean over the finished steps; `None` before the first has finished.
+
+        Args:
+            kind: `"scalar"` for the mean over all tokens, 0-dim, or `"per_turn"` for that of each turn index over the
+                steps that reached it, `(turns,)`.
+            like: Gives the device and the dtype.
+        """
+        if self.steps and kind not in self._means:
+            self._means[kind] = like.new_tensor(self._mean_steps() if kind == "scalar" else self._mean_turn_steps())
+        return self._means.get(kind)
+
+    def _mean_steps(self) -> float:
+        return sum(self.steps) / len(self.steps)
+
+    def _mean_turn_steps(self) -> list[float]:
+        longest = max(map(len, self.turn_steps))
+        columns = ([step[turn] for step in self.turn_steps if len(step) > turn] for turn in range(longest))
+        return [sum(column) / len(column) for column in columns]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; the running sums are this process's own."""
+        return {"steps": self.steps, "turn_steps": self.turn_steps, "running": self._running}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.steps, self.turn_steps, self._running = state["steps"], state["turn_steps"], state["running"]
+        self._means = {}
+
+
+def _padded_sum(first: Tensor, second: Tensor) -> Tensor:
+    """Sum of two `(turns, 2)` tensors, the shorter one padded with zeros."""
+    if len(first) < len(second):
+        first, second = second, first
+    return first + torch.nn.functional.pad(second, (0, 0, 0, len(first) - len(second)))
