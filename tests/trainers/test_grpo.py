@@ -1,16 +1,14 @@
 """The trainer as a whole: nothing changes when nothing is on, one forward pass, metrics, model card, resume."""
 
-import copy
-import glob
 import math
 import os
-import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
+from trl_entropy import EntropyGRPOConfig
 
 ALL_CONTROLS = {
     "erc_low": 0.95,
@@ -189,51 +187,11 @@ def test_model_card_names_methods_settings_and_papers(make_trainer, tmp_path):
     trainer = make_trainer(**ALL_CONTROLS)
     os.makedirs(trainer.args.output_dir, exist_ok=True)
     trainer.create_model_card(model_name="tiny")
-    card = open(os.path.join(trainer.args.output_dir, "README.md")).read()
+    card = Path(trainer.args.output_dir, "README.md").read_text()
     for text in ("erc_low=0.95", "ce_gppo_alpha1=0.75", "positive_nll_coef=0.1", "2512.05591", "2509.20712"):
         assert text in card
     assert "4 optimizer steps per rollout" in card
     plain = make_trainer(tmp_path / "plain")
     os.makedirs(plain.args.output_dir, exist_ok=True)
     plain.create_model_card(model_name="tiny")
-    assert "2512.05591" not in open(os.path.join(plain.args.output_dir, "README.md")).read()
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {},  # the checkpoint falls in the middle of a rollout's four steps
-        {"steps_per_generation": 3},  # between two rollouts
-        {"steps_per_generation": 2, "num_iterations": 2, "gradient_accumulation_steps": 2},
-        {"steps_per_generation": 1, "num_iterations": 2, "num_train_epochs": 2, "max_steps": -1, "save_steps": 5},
-    ],
-    ids=["inside-rollout", "between-rollouts", "accumulation", "second-epoch"],
-)
-@pytest.mark.parametrize("controls", [{}, ALL_CONTROLS], ids=["plain", "all"])
-def test_resume_equals_an_uninterrupted_run(make_trainer, tmp_path, tiny_dataset, schedule, controls):
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, **controls, **schedule}
-    if "num_train_epochs" in settings:
-        settings["train_dataset"] = tiny_dataset.select(range(4))  # 4 steps an epoch
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        whole = make_trainer(tmp_path / "run", **settings)
-        whole.train()
-        expected = weights(whole)
-        resumed = make_trainer(tmp_path / "run", **copy.copy(settings))
-    checkpoint = os.path.join(tmp_path, "run", f"checkpoint-{settings['save_steps']}")
-    assert glob.glob(os.path.join(checkpoint, "*.safetensors"))
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert resumed.state.global_step == whole.state.global_step
-    assert_same_weights(weights(resumed), expected)
-    again = logged(resumed, "reward")
-    assert again == logged(whole, "reward")
-
-
-def test_a_checkpoint_of_plain_trl_can_be_resumed(make_trainer, tmp_path):
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    make_trainer(tmp_path / "run", trainer_class=GRPOTrainer, config_class=GRPOConfig, **settings).train()
-    trainer = make_trainer(tmp_path / "run", **settings, **ALL_CONTROLS)
-    with pytest.warns(UserWarning, match="generated anew"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    assert isinstance(trainer, EntropyGRPOTrainer)
-    assert trainer.state.global_step == 6
+    assert "2512.05591" not in Path(plain.args.output_dir, "README.md").read_text()

@@ -1,21 +1,18 @@
-"""The one module that touches TRL's internals.
+"""Where the controls touch TRL's internals (`resume` has what checkpoints need of them).
 
 TRL's `GRPOTrainer._compute_loss` calls the policy's forward pass first and reads the advantages and the old log-probs
 afterwards. `compute_loss` hands it a shallow copy of the inputs, and the override of the forward pass writes what the
 controls decide into that copy, so TRL's loss does the rest. No line of that loss is repeated here.
 """
 
-import os
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import trl
 from torch import Tensor
-from torch.utils.data import Sampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
+
+from .resume import ExactResume
 
 
 @dataclass
@@ -43,8 +40,8 @@ def loss_mask(inputs: dict[str, Any]) -> Tensor:
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
-class GRPOContact(GRPOTrainer):
-    """`trl.GRPOTrainer` with places for a subclass to act, and with checkpoints that resume exactly.
+class GRPOContact(ExactResume):
+    """`trl.GRPOTrainer` with places for a subclass to act.
 
     A subclass acts in `on_rollout`, `on_forward`, `added_loss` and `control_metrics`. Where `controlled` is False none
     of them is called and every step is TRL's own.
@@ -53,7 +50,6 @@ class GRPOContact(GRPOTrainer):
     _loss_call: LossCall | None = None
     _rollout_forwards: list[tuple[Tensor, Tensor]] | None = None
     _rewards_per_func: Tensor | None = None
-    _train_sampler: Any = None
     _entropy_bonus_enabled: bool
 
     @property
@@ -79,19 +75,13 @@ class GRPOContact(GRPOTrainer):
             rewards: Weighted total reward of each of its completions, `(B,)`; NaN where no reward function scored it.
         """
 
-    def on_forward(self, call: LossCall, logps: Tensor, entropies: Tensor) -> None:
-        """Shape `call.inputs` before TRL's loss reads them."""
+    def on_forward(self, call: LossCall) -> Tensor:
+        """Shape `call.inputs` before TRL's loss reads them; return the entropies for its entropy bonus, `(B, T)`."""
+        return call.entropies
 
     def added_loss(self, call: LossCall) -> Tensor | None:
         """A scalar to add to TRL's loss, or `None`."""
         return None
-
-    def control_state(self) -> dict[str, Any]:
-        """What the controls of this process need to resume exactly: tensors, numbers and text, in lists and dicts."""
-        return {}
-
-    def load_control_state(self, state: dict[str, Any]) -> None:
-        """Continue from `control_state()`."""
 
     def control_metrics(self) -> dict[str, float]:
         """The controls' metrics since they were last logged, in the current `mode`."""
@@ -134,7 +124,7 @@ class GRPOContact(GRPOTrainer):
             forwards.append((logps, entropies))
         if call is not None and not call.forward_done:
             call.forward_done, call.logps, call.entropies = True, logps, entropies
-            self.on_forward(call, logps, entropies)
+            result = (logps, self.on_forward(call), *result[2:])
         return result
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -183,58 +173,3 @@ class GRPOContact(GRPOTrainer):
             for name, value in self.control_metrics().items():
                 self._metrics[self.mode][name].append(value)
         super().log(logs, start_time)
-
-    # TRL regenerates its rollout when training resumes, and draws the prompts of later epochs anew. What follows keeps
-    # the rollout that is in use and the position in the data, so that a resumed run equals an uninterrupted one.
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
-        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
-        return self._train_sampler
-
-    def _rollout_path(self, checkpoint: str) -> str:
-        return os.path.join(checkpoint, f"rollout_rank{self.accelerator.process_index}.pt")
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.save_only_model:
-            return
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        path = self._rollout_path(os.path.join(self._get_output_dir(trial=trial), folder))
-        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        state = {
-            "step": self._step,
-            "num_processes": self.accelerator.num_processes,
-            "buffered_inputs": self._buffered_inputs if in_use else None,
-            "controls": self.control_state(),
-        }
-        torch.save(state, path + ".part")
-        os.replace(path + ".part", path)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._advance_train_sampler(int(self.state.epoch or 0))
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        path = self._rollout_path(checkpoint)
-        if not os.path.exists(path):
-            warnings.warn(f"{path} is missing: the rollout that was in use is generated anew.", stacklevel=2)
-            return
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        self._step = state["step"]
-        self.load_control_state(state["controls"])
-        if state["num_processes"] == self.accelerator.num_processes:
-            self._buffered_inputs = state["buffered_inputs"]
-        elif state["buffered_inputs"] is not None:
-            warnings.warn(
-                f"{checkpoint} was saved by {state['num_processes']} processes and is resumed by "
-                f"{self.accelerator.num_processes}: the rollout that was in use is generated anew.",
-                stacklevel=2,
-            )
-
-    def _advance_train_sampler(self, epochs: int) -> None:
-        """Draw the permutations of the finished epochs, so that the next one is the epoch's own."""
-        generator = getattr(self._train_sampler, "generator", None)
-        if generator is not None:
-            for _ in range(epochs):
-                torch.randperm(self._train_sampler.num_samples, generator=generator)

@@ -75,11 +75,19 @@ class EntropyGRPOTrainer(GRPOContact):
     def _is_correct(self, rewards: Tensor) -> Tensor:
         return rewards >= self.args.positive_nll_min_reward
 
+    @property
+    def shapes_policy_gradient(self) -> bool:
+        """Whether a control changes the advantages or old log-probs that TRL's loss reads."""
+        return self.args.erc_enabled or self.args.ce_gppo_enabled
+
+    def on_forward(self, call: LossCall) -> Tensor:
+        if self.shapes_policy_gradient:
+            self._shape_policy_gradient(call)
+        return call.entropies
+
     @torch.no_grad()
-    def on_forward(self, call: LossCall, logps: Tensor, entropies: Tensor) -> None:
-        if not (self.args.erc_enabled or self.args.ce_gppo_enabled):
-            return
-        inputs, logps = call.inputs, logps.detach()
+    def _shape_policy_gradient(self, call: LossCall) -> None:
+        inputs, logps, entropies = call.inputs, call.logps.detach(), call.entropies.detach()
         on_policy = inputs.get("old_per_token_logps") is None
         advantages = inputs["advantages"]
         tokens = PolicyTokens(
