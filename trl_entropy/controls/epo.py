@@ -95,6 +95,7 @@ def epo(
     penalty: float,
     form: str,
     num_trajectories: Tensor | float,
+    bonus_entropies: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, TokenMean]]:
     """`-(L_H - beta_k L_smooth)`, to be multiplied by lambda and added to the policy loss (arXiv 2509.22576).
 
@@ -113,6 +114,7 @@ def epo(
         penalty: `alpha`.
         form: See `corridor_penalty`.
         num_trajectories: Normaliser of the mean over trajectories.
+        bonus_entropies: What `L_H` reads instead of `entropies`, where some tokens are to have no bonus; same values.
 
     Returns:
         The scalar loss, and the metrics.
@@ -120,7 +122,8 @@ def epo(
     turns = turn_indices(mask)
     weights = trajectory_weights(mask, turns, entropies.dtype)
     # where, not the weight alone: an observation's entropy may be anything
-    bonus = (weights * torch.where(mask, entropies, 0.0)).sum() / num_trajectories
+    bonus_entropies = entropies if bonus_entropies is None else bonus_entropies
+    bonus = (weights * torch.where(mask, bonus_entropies, 0.0)).sum() / num_trajectories
     metrics = {"epo/beta": TokenMean(torch.full((), beta, device=mask.device), mask)}
     if history is None:
         return -bonus, metrics

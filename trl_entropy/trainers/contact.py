@@ -24,7 +24,8 @@ class LossCall:
         mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
         forward_done: Whether the forward pass has been made; only then are there the two below.
         logps: Log-probs of the sampled tokens, with their graph, `(B, T)`.
-        entropies: Entropies as TRL's loss reads them, nats, `(B, T)`.
+        entropies: Entropies of the policy being trained, nats, `(B, T)`.
+        bonus_entropies: The same values as entropy bonuses read them: without a graph where a token gets no bonus.
     """
 
     inputs: dict[str, Any]
@@ -32,6 +33,7 @@ class LossCall:
     forward_done: bool = False
     logps: Tensor = field(init=False)
     entropies: Tensor = field(init=False)
+    bonus_entropies: Tensor = field(init=False)
 
 
 def loss_mask(inputs: dict[str, Any]) -> Tensor:
@@ -75,9 +77,8 @@ class GRPOContact(ExactResume):
             rewards: Weighted total reward of each of its completions, `(B,)`; NaN where no reward function scored it.
         """
 
-    def on_forward(self, call: LossCall) -> Tensor:
-        """Shape `call.inputs` before TRL's loss reads them; return the entropies for its entropy bonus, `(B, T)`."""
-        return call.entropies
+    def on_forward(self, call: LossCall) -> None:
+        """Shape `call.inputs` and `call.bonus_entropies` before TRL's loss reads them."""
 
     def added_loss(self, call: LossCall) -> Tensor | None:
         """A scalar to add to TRL's loss, or `None`."""
@@ -123,8 +124,9 @@ class GRPOContact(ExactResume):
         if forwards is not None:
             forwards.append((logps, entropies))
         if call is not None and not call.forward_done:
-            call.forward_done, call.logps, call.entropies = True, logps, entropies
-            result = (logps, self.on_forward(call), *result[2:])
+            call.forward_done, call.logps, call.entropies, call.bonus_entropies = True, logps, entropies, entropies
+            self.on_forward(call)
+            result = (logps, call.bonus_entropies, *result[2:])
         return result
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

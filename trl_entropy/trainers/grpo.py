@@ -80,10 +80,9 @@ class EntropyGRPOTrainer(GRPOContact):
         """Whether a control changes the advantages or old log-probs that TRL's loss reads."""
         return self.args.erc_enabled or self.args.ce_gppo_enabled
 
-    def on_forward(self, call: LossCall) -> Tensor:
+    def on_forward(self, call: LossCall) -> None:
         if self.shapes_policy_gradient:
             self._shape_policy_gradient(call)
-        return call.entropies
 
     @torch.no_grad()
     def _shape_policy_gradient(self, call: LossCall) -> None:
@@ -160,6 +159,7 @@ class EntropyGRPOTrainer(GRPOContact):
             penalty=args.epo_penalty,
             form=args.epo_form,
             num_trajectories=self._per_window(call, "num_trajectories", f"epo_coef={args.epo_coef}"),
+            bonus_entropies=call.bonus_entropies,
         )
         self._token_means[self.mode].add(metrics)
         return loss

@@ -99,7 +99,9 @@ class ExactResume(GRPOTrainer):
         if not os.path.exists(path):
             warnings.warn(f"{path} is missing: the rollout that was in use is generated anew.", stacklevel=2)
             return
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        # `accelerator.device` numbers the CPU by rank, which `torch.load` refuses
+        device = self.accelerator.device if self.accelerator.device.type != "cpu" else "cpu"
+        state = torch.load(path, map_location=device, weights_only=True)
         self._step = state["step"]
         self.load_control_state(state["controls"])
         if state["num_processes"] == self.accelerator.num_processes:
