@@ -7,18 +7,25 @@ only when it is asked for, so that a task's optional packages are needed by its 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
+
+if TYPE_CHECKING:
+    from trl_entropy.tasks.multi_turn import MultiTurnRollout
 
 TASKS = {
     "arithmetic": "trl_entropy.tasks.arithmetic",
     "maths": "trl_entropy.tasks.maths",
+    "corridor": "trl_entropy.tasks.corridor",
+    "scienceworld": "trl_entropy.tasks.scienceworld",
+    "alfworld": "trl_entropy.tasks.alfworld",
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset and the rewards that grade its completions.
+    """A dataset, the rewards that grade its completions and, where they are episodes, their environment.
 
     Attributes:
         name: The key of `TASKS`.
@@ -27,12 +34,16 @@ class Task:
         reward_funcs: TRL reward functions: `reward(prompts, completions, **columns)` returns one float a completion.
         build_policy: `build_policy(output_dir, seed)` makes the task's own small policy and its tokenizer, saves both
             in `output_dir` and returns that path; `None` where the user brings the model.
+        build_rollout: `build_rollout(**task_args)` makes the trainer's `rollout_func` for a task whose completions are
+            episodes in an environment; close it after training. `None` where a completion is one turn. Its `task_args`
+            are its own, apart from those of `load`.
     """
 
     name: str
     load: Callable[..., Dataset]
     reward_funcs: tuple[Callable[..., list[float | None]], ...]
     build_policy: Callable[[str, int], str] | None = None
+    build_rollout: Callable[..., "MultiTurnRollout"] | None = None
 
 
 def get_task(name: str) -> Task:

@@ -1,0 +1,256 @@
+"""`trl-entropy train`, end to end on the tiny policy, and its refusals, which all come before a model is loaded."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from trl_entropy.commands import train
+from trl_entropy.tasks import arithmetic
+
+FIELDS: dict[str, Any] = {
+    "dataset_name": "rows.jsonl",
+    "reward_funcs": "tests.commands.test_train.first_character_reward",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "learning_rate": "1e-3",  # as YAML reads 1e-3 without a dot: text
+    "max_steps": 4,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "steps_per_generation": 4,
+    "erc_low": 0.95,
+    "erc_high": 1.05,
+}
+
+
+def first_character_reward(completions: list[str], **kwargs: object) -> list[float]:
+    """1.0 where the first character has an odd code point."""
+    return [float(ord(text[0]) % 2) if text else 0.0 for text in completions]
+
+
+WriteRecipe = Callable[..., list[str]]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch) -> WriteRecipe:
+    """Writes a recipe and its rows: `recipe(**fields)` returns `["--config", PATH]`; `None` takes a field out."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}+{7 * i % 10}="[: 1 + i % 4], "note": i} for i in range(16)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    def write(**overrides: Any) -> list[str]:
+        fields = {**FIELDS, "model_name_or_path": tiny_model_path, "output_dir": "run", **overrides}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        Path("recipe.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
+        return ["--config", str(tmp_path / "recipe.yaml")]
+
+    return write
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test in which a trainer is built."""
+
+    def refuse(**kwargs: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(train, "EntropyGRPOTrainer", refuse)
+
+
+def log_history(run: str = "run") -> list[dict[str, float]]:
+    return json.loads(Path(run, "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+def test_trains_and_saves(recipe: WriteRecipe, tiny_model_path: str) -> None:
+    train.main([*recipe(), "--max_steps", "3", "--ce_gppo_alpha1", "0.5", "--ce_gppo_alpha2", "1"])
+    steps = [entry for entry in log_history() if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3]  # the command line overrides the file
+    assert {"reward", "entropy", "grad_norm", "erc/clip_fraction", "ce_gppo/low_fraction"} <= set(steps[0])
+    assert steps[2]["erc/clip_fraction"] > 0
+    before, after = (load_file(Path(folder, "model.safetensors")) for folder in (tiny_model_path, "run"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert {"README.md", "tokenizer.json", "training_args.bin"} <= set(os.listdir("run"))
+    assert "2512.05591" in Path("run/README.md").read_text(encoding="utf-8")
+
+
+def test_writes_a_report(recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    train.main([*recipe(), "--max_steps", "2"])
+    assert "<html" in Path("run/report.html").read_text(encoding="utf-8")
+    assert "Report: run/report.html" in capsys.readouterr().out
+
+
+def test_trains_without_the_plots(recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes importing it fail
+    train.main([*recipe(), "--max_steps", "1"])
+    assert Path("run/model.safetensors").exists()
+    assert not Path("run/report.html").exists()
+    assert "No report" in caplog.text
+
+
+def test_built_in_task_builds_its_policy(
+    recipe: WriteRecipe, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a model the task makes one in `output_dir/policy`, once, with the run's seed."""
+    built: list[tuple[str, int]] = []
+
+    def build(output_dir: str, seed: int) -> str:
+        built.append((output_dir, seed))
+        return shutil.copytree(tiny_model_path, output_dir)
+
+    monkeypatch.setattr(arithmetic, "TASK", replace(arithmetic.TASK, build_policy=build))
+    fields = {"dataset_name": None, "reward_funcs": None, "model_name_or_path": None, "task": "arithmetic"}
+    train.main([*recipe(**fields, seed=5), "--task_args", '{"size": 32}', "--max_steps", "1"])
+    assert built == [(str(Path("run/policy")), 5)]
+    assert "rewards/exact_answer_reward/mean" in log_history()[0]
+
+
+def test_evaluates_on_held_out_rows(recipe: WriteRecipe) -> None:
+    argv = recipe(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8, max_steps=1)
+    with pytest.raises(SystemExit, match="no split 'test', only 'train'"):
+        train.main(argv)
+    train.main([*argv, "--test_split_size", "4"])
+    assert any("eval_reward" in entry for entry in log_history())
+
+
+def test_resume_equals_an_uninterrupted_run(recipe: WriteRecipe) -> None:
+    """2 + 2 steps, with the checkpoint in the middle of a rollout, end at the weights of 4 steps."""
+    argv = recipe(save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+    train.main([*argv, "--output_dir", "whole"])
+    train.main([*argv, "--output_dir", "halves", "--max_steps", "2", "--resume_from_checkpoint", "auto"])
+    train.main([*argv, "--output_dir", "halves", "--resume_from_checkpoint", "true"])
+    assert [entry["step"] for entry in log_history("halves") if "loss" in entry] == [1, 2, 3, 4]
+    whole, halves = (load_file(Path(folder, "model.safetensors")) for folder in ("whole", "halves"))
+    for name in whole:
+        assert torch.equal(whole[name], halves[name]), name
+
+
+def test_lora(recipe: WriteRecipe) -> None:
+    train.main([*recipe(use_peft=True, lora_target_modules=["all-linear"], lora_dropout=0.0, max_steps=1)])
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir("run"))
+
+
+def test_long_prompts_are_left_out(recipe: WriteRecipe, caplog: pytest.LogCaptureFixture) -> None:
+    train.main([*recipe(max_prompt_length=2, max_steps=1)])
+    assert "max_prompt_length=2 leaves out 8 of 16 rows" in caplog.text
+
+
+def test_remote_code_stays_off(recipe: WriteRecipe) -> None:
+    assert train.prepare(recipe()).config.trust_remote_code is False
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "unknown field in the file": (
+        {"erc_lo": 0.9},
+        [],
+        "Unknown field 'erc_lo' (in --erc_lo 0.9). Did you mean erc_low?",
+    ),
+    "unknown field on the command line": ({}, ["--erc_hi", "1.1"], "(in --erc_hi 1.1). Did you mean erc_high?"),
+    "one bound alone": ({"erc_low": None}, [], "erc_low=None and erc_high=1.05: set both"),
+    "neither task nor dataset": ({"dataset_name": None}, [], "None is set: set exactly one of task, dataset_name"),
+    "task and dataset": ({"task": "maths"}, [], "task and dataset_name are set: set exactly one"),
+    "unknown task": ({"task": "chess", "dataset_name": None}, [], "task='chess' is unknown"),
+    "unknown task argument": (
+        {"task": "arithmetic", "dataset_name": None, "task_args": {"sise": 3}},
+        [],
+        "task_args={'sise': 3} does not fit task='arithmetic'. Set a mapping with any of: size",
+    ),
+    "task arguments that are not JSON": ({}, ["--task_args", "size=3"], "task_args='size=3' is not JSON"),
+    "missing rows": ({"dataset_name": "nowhere.jsonl"}, [], "'nowhere.jsonl' does not exist"),
+    "no model": ({"model_name_or_path": None}, [], "model_name_or_path is missing"),
+    "no reward": ({"reward_funcs": None}, [], "There is no reward: set reward_funcs"),
+    "unknown reward": ({"reward_funcs": ["acuracy_reward"]}, [], "reward_funcs='acuracy_reward' is neither"),
+    "reward without its column": ({"reward_funcs": ["accuracy_reward"]}, [], "'accuracy_reward' asks for solution"),
+    "prompt length of zero": ({"max_prompt_length": 0}, [], "max_prompt_length=0 must be at least 1"),
+    "nothing to resume": ({}, ["--resume_from_checkpoint", "true"], "output_dir='run' holds no checkpoint"),
+    "checkpoint that is not there": ({"resume_from_checkpoint": "run/checkpoint-9"}, [], "is not a folder"),
+}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_are_one_line_and_come_first(name: str, recipe: WriteRecipe) -> None:
+    fields, arguments, message = REFUSALS[name]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*recipe(**fields), *arguments])
+    assert str(stopped.value).startswith("trl-entropy train: error: ")
+    assert message in str(stopped.value)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_missing_prompt_column(recipe: WriteRecipe) -> None:
+    argv = recipe()
+    Path("rows.jsonl").write_text('{"question": "1+1="}\n', encoding="utf-8")
+    with pytest.raises(SystemExit, match="no column 'prompt', only question"):
+        train.main(argv)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_missing_or_broken_recipe(tmp_path: Path) -> None:
+    for argv in (["--config", "no.yaml"], ["--config=no.yaml"], ["--config"]):
+        with pytest.raises(SystemExit, match=r"is not a file\. The recipes in .*erc-r1-distill-qwen-1\.5b"):
+            train.main(argv)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1", encoding="utf-8")
+    with pytest.raises(SystemExit, match="not valid YAML"):
+        train.main(["--config", str(broken)])
+
+
+@pytest.mark.usefixtures("no_model")
+def test_recipe_cannot_run_code(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="not valid YAML"):
+        train.main(["--config", str(recipe)])
+    assert not (tmp_path / "made").exists()
+
+
+def test_config_with_an_equals_sign(recipe: WriteRecipe) -> None:
+    option, path = recipe()
+    assert train.parse([f"{option}={path}"])[1].erc_low == 0.95
+
+
+def launch(count: int, argv: list[str]) -> None:
+    """Run the command under `accelerate launch`; on a machine without a GPU, two processes talk over gloo."""
+    kind = "--multi_gpu" if count > 1 else "--cpu"
+    launcher = ["-m", "accelerate.commands.launch", kind, f"--num_processes={count}", "--main_process_port=0"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "trl_entropy.commands.train", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_the_same_weights(recipe: WriteRecipe) -> None:
+    argv = recipe(ce_gppo_alpha1=0.5, ce_gppo_alpha2=1.0, positive_nll_coef=0.1)
+    train.main([*argv, "--output_dir", "plain"])
+    launch(1, [*argv, "--output_dir", "launched"])
+    plain, launched = (load_file(Path(run, "model.safetensors")) for run in ("plain", "launched"))
+    for name in plain:
+        assert torch.equal(plain[name], launched[name]), name
+
+
+@pytest.mark.slow
+def test_two_processes(recipe: WriteRecipe) -> None:
+    """Half the batch on each; the checkpoint of the last step has the random state of both."""
+    argv = recipe(ce_gppo_alpha1=0.5, ce_gppo_alpha2=1.0, positive_nll_coef=0.1, per_device_train_batch_size=4)
+    launch(2, [*argv, "--save_strategy", "steps", "--save_steps", "4"])
+    assert [entry["step"] for entry in log_history() if "loss" in entry] == [1, 2, 3, 4]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir("run/checkpoint-4"))

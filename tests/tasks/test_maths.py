@@ -1,0 +1,145 @@
+r"""The maths task: its columns, its refusals, and grading with golds as the datasets have them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trl_entropy.tasks import get_task
+from trl_entropy.tasks.maths import load, parsable
+
+KLEAR_ROW = {
+    "data_source": "math_longcot_math_verify",
+    "prompt": [{"content": "Let $n=9867$. What is the unit digit of $n^{3}-n^{2}$?", "role": "user"}],
+    "ability": "math",
+    "reward_model": {"ground_truth": "4", "style": "rule"},
+    "__index_level_0__": "29999",
+}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def test_klear_rows(tmp_path: Path) -> None:
+    (row,) = load("train", source=write(tmp_path / "rows.jsonl", [KLEAR_ROW]))
+    assert row == {
+        "prompt": [{"role": "user", "content": KLEAR_ROW["prompt"][0]["content"]}],
+        "solution": r"\boxed{4}",
+    }
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "problem", "question"])
+@pytest.mark.parametrize("answer", ["solution", "answer"])
+def test_other_columns(prompt: str, answer: str, tmp_path: Path) -> None:
+    (row,) = load("train", source=write(tmp_path / "rows.jsonl", [{prompt: "1+1?", answer: 2}]))
+    assert row == {"prompt": [{"role": "user", "content": "1+1?"}], "solution": r"\boxed{2}"}
+
+
+def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate(["1", None, "  ", "0"])]
+    source = write(tmp_path / "rows.jsonl", rows)
+    assert list(load("train", source=source)["solution"]) == [r"\boxed{1}", r"\boxed{0}"]
+    assert "2 of 4 rows have no answer" in caplog.text
+    with pytest.raises(ValueError, match="none of the 2 rows"):
+        load("train", source=write(tmp_path / "blank.jsonl", rows[1:3]))
+
+
+def test_limit_and_held_out_rows(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"problem": f"{i}?", "answer": str(i)} for i in range(10)])
+    assert list(load("train", source=source, limit=2)["solution"]) == [r"\boxed{0}", r"\boxed{1}"]
+    train, test = (load(split, source=source, test_size=4, seed=3)["solution"] for split in ("train", "test"))
+    assert len(test) == 4
+    assert sorted([*train, *test]) == [rf"\boxed{{{i}}}" for i in range(10)]
+    with pytest.raises(ValueError, match="no split 'test'"):
+        load("test", source=source)
+    with pytest.raises(ValueError, match="limit=0"):
+        load("train", source=source, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "1+1?", "answer": "2"}, r"no column with a prompt, only text, answer\. Rename one to 'prompt'"),
+        (
+            {"problem": "1+1?", "label": "2"},
+            r"no column with an answer, only problem, label\. Rename one to 'solution'",
+        ),
+        ({"problem": " ", "answer": "2"}, r"row 0, column 'problem': ' ' is not a prompt"),
+        ({"problem": [{"content": "1+1?"}], "answer": "2"}, r"row 0, column 'problem'.*'role' and a 'content'"),
+        ({"problem": "1+1?", "answer": ["2"]}, r"row 0, column 'answer': \['2'\] is not an answer"),
+        ({"problem": "1+1?", "answer": True}, r"row 0, column 'answer': True is not an answer"),
+        ({"problem": "1+1?", "reward_model": {"style": "rule"}}, r"row 0, column 'reward_model': no 'ground_truth'"),
+    ],
+)
+def test_refusals_name_the_row_and_the_column(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load("train", source=write(tmp_path / "rows.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("4", r"\boxed{4}"),
+        (r" \frac{1}{2} ", r"\boxed{\frac{1}{2}}"),
+        (r"\boxed{7}", r"\boxed{7}"),
+        (r"so it is $\frac{1}{2}$", r"so it is $\frac{1}{2}$"),
+        (r"\(x\)", r"\(x\)"),
+        ("$5", r"\boxed{$5}"),
+        ("(0,1]", r"\boxed{(0,1]}"),
+        ("6 * 12 = <<6*12=72>>72\n#### 72", r"\boxed{72}"),
+    ],
+)
+def test_parsable(answer: str, gold: str) -> None:
+    assert parsable(answer) == gold
+
+
+# Each answer as datasets write it, and the same value as a model may write it. Those marked are graded wrongly, or not
+# at all, when the bare answer is handed to accuracy_reward.
+SAME_VALUE = [
+    ("4", "4"),
+    ("-3", "-3.0"),
+    ("1,000", "1000"),
+    ("0.5", r"\frac{1}{2}"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"$\frac{1}{2}$", "1/2"),
+    (r"\dfrac{9}{4}", r"\frac{9}{4}"),  # None bare
+    (r"\frac12", r"\frac{1}{2}"),  # None bare
+    (r"2\sqrt{3}", r"\sqrt{12}"),  # 0 bare
+    ("10^{5}", "100000"),  # 0 bare
+    ("(1,2)", "(1, 2)"),  # None bare
+    (r"(-\infty, 2)", r"(-\infty,2)"),  # 0 bare
+    (r"\{1,2\}", r"\{2, 1\}"),  # None bare
+    ("2, 3", "3, 2"),  # 0 bare
+    (r"\pi", r"\pi"),  # None bare
+    ("A", r"\text{A}"),  # None bare
+    ("x^2+1", "1+x^2"),  # None bare
+    ("2n^2", "2n^{2}"),  # 0 bare
+    (r"90^\circ", "90"),
+    (r"50\%", r"50\%"),
+    (r"4\sqrt{2} \text{ cm}", r"4\sqrt{2}"),  # 0 bare
+]
+
+
+@pytest.mark.parametrize(("answer", "written"), SAME_VALUE)
+def test_answers_are_graded_by_value(answer: str, written: str) -> None:
+    pytest.importorskip("math_verify", reason="the extra `maths` is not installed")
+    (reward,) = get_task("maths").reward_funcs
+    right, wrong, unboxed = (
+        [{"role": "assistant", "content": text}]
+        for text in (rf"Hence \boxed{{{written}}}.", r"Hence \boxed{-77777}.", "I do not know.")
+    )
+    graded = reward(completions=[right, wrong, unboxed], solution=[parsable(answer)] * 3)
+    assert graded == [1.0, 0.0, 0.0]
+
+
+def test_last_boxed_answer_counts() -> None:
+    pytest.importorskip("math_verify", reason="the extra `maths` is not installed")
+    (reward,) = get_task("maths").reward_funcs
+    # math-verify reads boxes that are close to each other as one set of answers
+    between = "is what the first case would give, but it is impossible, so the second must hold:"
+    texts = (rf"\boxed{{{first}}} {between} \boxed{{{last}}}." for first, last in ((3, 4), (4, 3)))
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    assert reward(completions=completions, solution=[r"\boxed{4}"] * 2) == [1.0, 0.0]

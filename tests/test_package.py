@@ -1,0 +1,134 @@
+"""The package as a whole: every module imports, the public names keep their signatures, imports point downwards."""
+
+import ast
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import trl
+
+import trl_entropy
+from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
+from trl_entropy.recipes import recipe_path
+from trl_entropy.tasks import TASKS, Task, get_task
+
+ROOT = Path(trl_entropy.__file__).parent
+MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "trl_entropy."))
+LAYERS = ("controls", "critics", "trainers", "tasks", "telemetry", "commands")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_and_says_what_it_is(name: str) -> None:
+    assert import_module(name).__doc__
+
+
+def imported_layers(path: Path) -> set[str]:
+    """The layers of this package that a file imports, wherever in the file."""
+    package = ("trl_entropy", *path.relative_to(ROOT).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            names = [".".join((*base, *filter(None, [node.module])))]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("trl_entropy.")}
+    return found & set(LAYERS)
+
+
+def test_imports_point_downwards() -> None:
+    """Nobody imports the commands; the controls import nothing of the package; tasks know no trainer."""
+    allowed = {
+        "controls": {"controls"},
+        "critics": {"controls", "critics"},
+        "tasks": {"tasks"},
+        "telemetry": {"controls", "telemetry"},
+        "trainers": {"controls", "critics", "telemetry", "trainers"},
+        "commands": set(LAYERS),
+    }
+    for layer, below in allowed.items():
+        for path in (ROOT / layer).rglob("*.py"):
+            assert imported_layers(path) <= below, path
+
+
+def test_controls_import_torch_and_nothing_else() -> None:
+    for path in (ROOT / "controls").glob("*.py"):
+        for line in re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert line == "torch" or line in sys.stdlib_module_names, f"{path.name} imports {line}"
+
+
+def test_public_names() -> None:
+    assert {"EntropyGRPOConfig", "EntropyGRPOTrainer", "__version__"} <= set(trl_entropy.__all__)
+    assert issubclass(EntropyGRPOConfig, trl.GRPOConfig)
+    assert issubclass(EntropyGRPOTrainer, trl.GRPOTrainer)
+
+
+def test_config_adds_these_fields_with_these_defaults() -> None:
+    defaults = {field.name: field.default for field in fields(EntropyGRPOConfig)}
+    published = {
+        "erc_low": None,
+        "erc_high": None,
+        "ce_gppo_alpha1": None,
+        "ce_gppo_alpha2": None,
+        "positive_nll_coef": 0.0,
+        "positive_nll_min_reward": 1.0,
+    }
+    assert {name: defaults[name] for name in published} == published
+
+
+def test_config_keeps_trl_defaults() -> None:
+    own = {field.name: field for field in fields(EntropyGRPOConfig)}
+    for field in fields(trl.GRPOConfig):
+        same = (own[field.name].default, own[field.name].default_factory)
+        assert same == (field.default, field.default_factory), field.name
+
+
+def test_trainer_takes_what_trl_takes() -> None:
+    own, base = (inspect.signature(cls.__init__).parameters for cls in (EntropyGRPOTrainer, trl.GRPOTrainer))
+    passes_all_on = {parameter.kind for parameter in own.values()} >= {
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    }
+    assert passes_all_on or list(own) == list(base)
+
+
+def test_recipe_functions() -> None:
+    assert list(inspect.signature(recipe_path).parameters) == ["name"]
+    assert inspect.signature(recipe_path).return_annotation is Path
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_tasks_keep_the_contract(name: str) -> None:
+    try:
+        task = get_task(name)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("trl_entropy"):
+            raise
+        pytest.skip(f"the task needs {error.name}")
+    assert isinstance(task, Task)
+    assert task.name == name
+    assert next(iter(inspect.signature(task.load).parameters)) == "split"
+    assert task.reward_funcs
+    assert task.build_policy is None or list(inspect.signature(task.build_policy).parameters) == ["output_dir", "seed"]
+
+
+def test_unknown_task_lists_those_that_exist() -> None:
+    with pytest.raises(ValueError, match=f"task='chess'.*{', '.join(sorted(TASKS))}"):
+        get_task("chess")
+
+
+def test_import_is_lazy_about_optional_packages() -> None:
+    """The extras are needed by their users alone."""
+    code = "import sys, trl_entropy; print([n for n in ('matplotlib', 'math_verify', 'vllm') if n in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"

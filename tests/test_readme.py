@@ -1,0 +1,44 @@
+"""The README's promises that a test can check."""
+
+import re
+from pathlib import Path
+
+import trl_entropy
+from trl_entropy.recipes import recipe_names
+
+ROOT = Path(trl_entropy.__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
+METRIC = re.compile(r"\"((?:ppo_clip|erc|ce_gppo|epo|positive_nll)/\w+)\"")
+
+
+def test_first_command_is_the_quickstart_in_one_line() -> None:
+    first = COMMANDS[0]
+    assert "\n" not in first
+    assert first.startswith("git clone ")
+    assert first.endswith("trl-entropy quickstart")
+
+
+def test_second_command_runs_the_tests_as_ci_does() -> None:
+    second = COMMANDS[1]
+    assert "\n" not in second
+    assert second.endswith("-m pytest")
+    assert (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-1] == second
+
+
+def test_every_metric_is_defined() -> None:
+    defined = set(re.findall(r"^\| `([\w/]+)` \|", README, re.MULTILINE))
+    emitted = {
+        key
+        for path in (ROOT / "trl_entropy").rglob("*.py")
+        for key in METRIC.findall(path.read_text(encoding="utf-8"))
+    }
+    assert "erc/clip_fraction" in emitted
+    assert emitted <= defined, sorted(emitted - defined)
+
+
+def test_every_recipe_is_listed() -> None:
+    """Variants share a row: `erc-r1-distill-qwen-1.5b`, `-1.5b-lora`."""
+    for name in (name for name in recipe_names() if "/" not in name):
+        base, _, size = name.removesuffix("-lora").rpartition("-")
+        assert f"`{name}`" in README or f"`{base}-{size}`, `-{size}-lora`" in README, name

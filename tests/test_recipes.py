@@ -1,0 +1,97 @@
+"""Every shipped recipe parses into a config, and does the schedule that its header promises."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trl_entropy.commands import train
+from trl_entropy.recipes import recipe_names, recipe_path, recipes_dir
+from trl_entropy.tasks import get_task
+from trl_entropy.tasks.rewards import load_reward_func
+
+RECIPES = [name for name in recipe_names() if not name.startswith("accelerate/")]  # how to launch, not what to train
+KLEAR = [name for name in RECIPES if "-r1-distill-qwen-" in name]
+
+
+def header(name: str) -> str:
+    lines = recipe_path(name).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines[: lines.index("")])
+
+
+def processes(name: str) -> int:
+    """The number of processes in the header's command."""
+    found = re.search(r"--num_processes (\d+)", header(name))
+    assert found is not None, f"{name}: the header's command has no --num_processes"
+    return int(found.group(1))
+
+
+def parse(name: str, output_dir: Path) -> tuple[Any, ...]:
+    """The recipe, parsed on a machine without a GPU."""
+    return train.parse(["--config", str(recipe_path(name)), "--output_dir", str(output_dir), "--use_cpu", "true"])
+
+
+def test_the_recipes_are_there() -> None:
+    assert {f"{m}-r1-distill-qwen-{s}" for m in ("erc", "ce-gppo") for s in ("1.5b", "7b")} <= set(KLEAR)
+    assert {f"{m}-r1-distill-qwen-{s}-lora" for m in ("erc", "ce-gppo") for s in ("1.5b", "7b")} <= set(KLEAR)
+    assert "quickstart" in recipe_names()
+    assert recipe_path(KLEAR[0]) == recipes_dir() / f"{KLEAR[0]}.yaml"
+
+
+def test_unknown_recipe_lists_those_that_exist() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'nope'.*erc-r1-distill-qwen-1\.5b"):
+        recipe_path("nope")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_header_says_how_to_run_it(name: str) -> None:
+    assert re.search(rf"trl[-_]entropy.*recipes/{re.escape(name)}\.yaml|trl-entropy {name}", header(name), re.DOTALL)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_becomes_a_config(name: str, tmp_path: Path) -> None:
+    script, config, model, _ = parse(name, tmp_path)
+    assert config.output_dir == str(tmp_path)
+    task = get_task(script.task)
+    assert model.model_name_or_path or task.build_policy
+    assert [load_reward_func(reward) for reward in script.reward_funcs or []] or task.reward_funcs
+    assert model.use_peft == name.endswith("-lora")
+    if model.use_peft:
+        assert model.lora_dropout == 0.0
+
+
+@pytest.mark.parametrize("name", KLEAR)
+def test_klear_schedule(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 prompts x 8 completions a rollout, 8 optimizer steps of 16 x 8 completions, on the header's processes."""
+    monkeypatch.setattr(train.EntropyGRPOConfig, "world_size", property(lambda self: processes(name)))
+    _, config, _, _ = parse(name, tmp_path)
+    assert config.generation_batch_size == 128 * config.num_generations == 1024
+    assert config.steps_per_generation * config.num_iterations == 8 * config.gradient_accumulation_steps
+    assert processes(name) * config.per_device_train_batch_size * config.gradient_accumulation_steps == 16 * 8
+
+
+@pytest.mark.parametrize("name", KLEAR)
+def test_klear_settings(name: str, tmp_path: Path) -> None:
+    """The published settings, arXiv 2512.05591 and 2509.20712."""
+    script, config, model, _ = parse(name, tmp_path)
+    assert script.task == "maths"
+    assert config.loss_type == "dapo"
+    assert config.beta == 0.0
+    assert config.delta == 10.0
+    assert config.positive_nll_coef == 0.1
+    assert config.temperature == 1.0
+    assert (script.max_prompt_length, config.max_completion_length) == (4096, 16384)
+    assert config.vllm_max_model_length == 4096 + 16384
+    assert (config.weight_decay, config.max_grad_norm, config.warmup_steps) == (0.1, 1.0, 10)
+    assert config.learning_rate == (1e-5 if model.use_peft else 1e-6)
+    assert config.lr_scheduler_type == "constant_with_warmup"
+    assert str(model.model_name_or_path).lower().endswith("7b" if "7b" in name else "1.5b")
+    if name.startswith("erc"):
+        assert (config.erc_low, config.erc_high) == (0.95, 1.05)
+        assert (config.epsilon, config.epsilon_high) == (0.2, 0.28)
+        assert not config.ce_gppo_enabled
+    else:
+        assert (config.ce_gppo_alpha1, config.ce_gppo_alpha2) == (0.75 if "7b" in name else 0.5, 1.0)
+        assert (config.epsilon, config.epsilon_high) == (0.2, 0.2)
+        assert not config.erc_enabled

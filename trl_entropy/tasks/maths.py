@@ -1,0 +1,121 @@
+r"""Mathematics problems with a verifiable answer, graded by math-verify through TRL's `accuracy_reward`.
+
+The default rows are those the Klear papers train on, KlearReasoner-MathSub-30K (arXiv 2508.07629).
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset
+from trl.rewards import accuracy_reward
+
+from trl_entropy.tasks import Task
+from trl_entropy.tasks.sources import load_source, select_split
+
+DEFAULT_SOURCE = "Kwai-Klear/KlearReasoner-MathSub-30K"
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+ANSWER_COLUMNS = ("solution", "answer")
+DELIMITED = re.compile(r"\\boxed\b|\$[^$]+\$|\\\(.+\\\)|\\\[.+\\\]", re.DOTALL)
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    split: str, source: str = DEFAULT_SOURCE, limit: int | None = None, test_size: int | float = 0, seed: int = 0
+) -> Dataset:
+    r"""Problems of a split, each with its answer in the form that math-verify parses.
+
+    The rows need a prompt (`prompt`, `problem` or `question`: text, or chat messages) and an answer (`solution` or
+    `answer`, or `reward_model`, a mapping with `ground_truth`). Rows whose answer is missing or blank are left out,
+    and a warning says how many.
+
+    Args:
+        split: `"train"` or `"test"`.
+        source: See `trl_entropy.tasks.sources.load_source`.
+        limit: Number of rows to read, from the first; `None` for all.
+        test_size: Rows (or, below 1, the share of the rows) of `"train"` to hold out as `"test"`, for a source without
+            a `"test"` split; 0 for none.
+        seed: Seeds which rows are held out.
+
+    Returns:
+        Columns `prompt` (chat messages) and `solution` (such as `"\boxed{\frac{1}{2}}"`).
+
+    Raises:
+        ValueError: If a column is missing or a row has the wrong type (the message names it), if no row has an answer,
+            or as `load_source` and `select_split`.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1, or left out for all rows.")
+    rows = select_split(load_source(source), split, test_size=test_size, seed=seed, source=source)
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    problems = list(_problems(rows, source))
+    unanswered = len(rows) - len(problems)
+    if unanswered:
+        logger.warning("%s: %d of %d rows have no answer and are left out.", source, unanswered, len(rows))
+    if not problems:
+        raise ValueError(f"{source}: none of the {len(rows)} rows of split {split!r} has an answer.")
+    return Dataset.from_list(problems)
+
+
+def parsable(answer: str) -> str:
+    r"""`answer` in a form that math-verify parses whole: `\boxed{...}` unless it has LaTeX delimiters of its own.
+
+    Without them math-verify finds only a part of many answers (2 of `2\sqrt{3}`) and nothing in others (`(1,2)`, `A`).
+    What precedes `####`, as in GSM8K, is dropped.
+    """
+    answer = answer.rsplit("####", 1)[-1].strip()
+    return answer if DELIMITED.search(answer) else rf"\boxed{{{answer}}}"
+
+
+def _problems(rows: Dataset, source: str) -> Iterator[dict[str, Any]]:
+    prompt_column = _first_column(rows, PROMPT_COLUMNS, source, "a prompt")
+    answer_column = _first_column(rows, (*ANSWER_COLUMNS, "reward_model"), source, "an answer")
+    for number, row in enumerate(rows):
+        where = f"{source}, row {number}"
+        prompt = _messages(row[prompt_column], f"{where}, column {prompt_column!r}")
+        answer = _answer(row[answer_column], f"{where}, column {answer_column!r}")
+        if answer:
+            yield {"prompt": prompt, "solution": parsable(answer)}
+
+
+def _first_column(rows: Dataset, names: tuple[str, ...], source: str, what: str) -> str:
+    for name in names:
+        if name in rows.column_names:
+            return name
+    raise ValueError(
+        f"{source} has no column with {what}, only {', '.join(rows.column_names)}. Rename one to "
+        f"{' or '.join(map(repr, names))}."
+    )
+
+
+def _messages(prompt: Any, where: str) -> list[dict[str, str]]:
+    if isinstance(prompt, str) and prompt.strip():
+        return [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+        return [{"role": message["role"], "content": message["content"]} for message in prompt]
+    raise ValueError(
+        f"{where}: {prompt!r} is not a prompt. Use text, or a list of messages, each with a 'role' and a 'content'."
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def _answer(answer: Any, where: str) -> str:
+    """The answer as text; empty where there is none."""
+    if isinstance(answer, dict):
+        if "ground_truth" not in answer:
+            raise ValueError(f"{where}: no 'ground_truth' among its keys {', '.join(answer)}. Add it.")
+        answer = answer["ground_truth"]
+    if answer is None:
+        return ""
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise ValueError(f"{where}: {answer!r} is not an answer. Use text or a number.")
+    return str(answer).strip()
+
+
+TASK = Task(name="maths", load=load, reward_funcs=(accuracy_reward,))
