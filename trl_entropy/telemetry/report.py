@@ -1,0 +1,103 @@
+"""The HTML report of one run, or of several side by side: one page that needs no network."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from .figures import FIGURES, draw, require_plots
+from .runs import Run, read_runs
+
+ABSENT = "–"
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
+    """Write the page, and every figure as SVG and PNG in a folder beside it (`report_figures` for `report.html`).
+
+    Args:
+        folders: Run folders, as `read_runs` takes them.
+        output: The HTML file; its folder is made if it is not there.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        FileNotFoundError: If a folder holds no run.
+        ValueError: If a file of a run is not what its name says.
+    """
+    require_plots()
+    runs, output = read_runs(folders), Path(output)
+    figure_folder = output.with_name(f"{output.stem}_figures")
+    figure_folder.mkdir(parents=True, exist_ok=True)
+    figures = []
+    for figure in FIGURES:
+        svg = draw(figure, runs, figure_folder / figure.name)
+        # matplotlib escapes the text that it writes into an SVG.
+        figures.append((figure, Markup(svg) if svg else None))
+    output.write_text(_render(runs, figures, figure_folder.name), encoding="utf-8")
+    return output
+
+
+def _render(runs: Sequence[Run], figures: Sequence[tuple[Any, Markup | None]], figure_folder: str) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["value"] = _value
+    shared, differing = _split_settings(runs)
+    return environment.get_template("report.html.jinja").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
+        runs=runs,
+        accuracies=[_accuracy_row(run) for run in runs if "accuracy_after" in run.result],
+        num_problems=sorted({run.result["num_problems"] for run in runs if "num_problems" in run.result}),
+        figures=[(figure, svg) for figure, svg in figures if svg],
+        missing=[figure.title for figure, svg in figures if not svg],
+        figure_folder=figure_folder,
+        shared=shared,
+        differing=differing,
+        versions=_unique([run.result["versions"] for run in runs if "versions" in run.result]),
+    )
+
+
+def _accuracy_row(run: Run) -> dict[str, str]:
+    before, after = run.result.get("accuracy_before"), run.result["accuracy_after"]
+    return {
+        "name": run.name,
+        "before": _accuracy(before),
+        "before_ci95": _interval(run.result.get("accuracy_before_ci95")),
+        "after": _accuracy(after),
+        "after_ci95": _interval(run.result.get("accuracy_after_ci95")),
+        "change": ABSENT if before is None else f"{after - before:+.3f}",
+        "greedy_before": _accuracy(run.result.get("greedy_accuracy_before")),
+        "greedy_after": _accuracy(run.result.get("greedy_accuracy_after")),
+    }
+
+
+def _accuracy(share: float | None) -> str:
+    return ABSENT if share is None else f"{share:.3f}"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
+
+
+def _value(value: object) -> str:
+    """A setting as a reader would write it."""
+    if value is None:
+        return ABSENT
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _split_settings(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The settings that all runs share, and for each of the others its value in every run (`None` where not set)."""
+    settings = [run.result.get("settings", {}) for run in runs]
+    keys = dict.fromkeys(key for of_run in settings for key in of_run)
+    values = {key: [of_run.get(key) for of_run in settings] for key in keys}
+    shared = {key: of_runs[0] for key, of_runs in values.items() if len(_unique(of_runs)) == 1}
+    return shared, {key: of_runs for key, of_runs in values.items() if key not in shared}
+
+
+def _unique(values: Sequence[Any]) -> list[Any]:
+    return [value for index, value in enumerate(values) if value not in values[:index]]
