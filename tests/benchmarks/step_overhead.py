@@ -213,9 +213,7 @@ def row(name: str, size: Size, parameters: int, arm: str, results: dict[str, lis
         "time_ratio_median": statistics.median(ratios),
         "time_ratio_quartiles": [quartiles[0], quartiles[2]],
         "peak_bytes_median": statistics.median(peak for _, peak in own),
-        "memory_ratio_median": statistics.median(
-            mine[1] / base[1] for mine, base in zip(own, plain, strict=True)
-        ),
+        "memory_ratio_median": statistics.median(mine[1] / base[1] for mine, base in zip(own, plain, strict=True)),
     }
 
 

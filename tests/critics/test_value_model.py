@@ -61,7 +61,9 @@ def test_columns_that_nobody_uses_are_not_computed(make_critic, rollout):
     critic, ids, attention = make_critic().eval(), rollout.input_ids, rollout.attention_mask.clone()
     attention[:, 3 + 4 :] = 0
     widths = []
-    critic.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True)
+    critic.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     found = values(critic, ids, attention, 6)
     assert widths == [(8, 7)]
     assert (found[:, 5:] == 0).all()
@@ -185,7 +187,9 @@ def test_tokenizer_must_be_the_policys(tiny_tokenizer, tiny_model_path, small_cr
     with pytest.raises(ValueError, match=f"'a' is token {vocabulary['a']} of the policy's and {vocabulary['b']}"):
         check_tokenizer(tiny_tokenizer, other_tokenizer(tiny_tokenizer, swapped, tmp_path / "swapped"))
     larger = vocabulary | {"z": len(vocabulary)}
-    with pytest.raises(ValueError, match=f"{len(vocabulary)} tokens in the policy's and {len(larger)} in the critic's"):
+    with pytest.raises(
+        ValueError, match=f"{len(vocabulary)} tokens in the policy's and {len(larger)} in the critic's"
+    ):
         check_tokenizer(tiny_tokenizer, other_tokenizer(tiny_tokenizer, larger, tmp_path / "larger"))
 
 

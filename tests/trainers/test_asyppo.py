@@ -243,6 +243,9 @@ def test_critics_in_a_checkpoint_load_plainly(make_asyppo, tmp_path):
         assert os.path.exists(os.path.join(folder, "model.safetensors"))
         loaded = AutoModelForTokenClassification.from_pretrained(folder)
         assert_same_weights(loaded.state_dict(), critic.state_dict())
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "num_critics=2" in card
+    assert "2510.01656" in card
     trainer.save_model()
     assert os.path.isdir(os.path.join(trainer.args.output_dir, "critics", "critic_1"))
 

@@ -55,7 +55,9 @@ class RowTable:
             ValueError: If a completion is on no process or on several.
         """
         if len(rows) != len(mask):
-            raise ValueError(f"rows has {len(rows)} entries for {len(mask)} completions. Give the global index of each.")
+            raise ValueError(
+                f"rows has {len(rows)} entries for {len(mask)} completions. Give the global index of each."
+            )
         table = torch.zeros(3, num_rows, dtype=torch.int64, device=mask.device)
         local = rows.to(mask.device)
         table[:, local] = torch.stack([torch.full_like(local, process_rank()), mask.sum(1), torch.ones_like(local)])

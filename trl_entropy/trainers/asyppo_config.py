@@ -81,6 +81,10 @@ class AsyPPOConfig(EntropyGRPOConfig):
     )
 
     @property
+    def asyppo_enabled(self) -> bool:
+        return True
+
+    @property
     def any_control_enabled(self) -> bool:
         return True
 

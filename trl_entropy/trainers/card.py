@@ -32,6 +32,23 @@ METHODS = {
         "EPO: Entropy-regularized Policy Optimization for LLM Agents Reinforcement Learning",
         "2509.22576",
     ),
+    "AsyPPO": (
+        "asyppo_enabled",
+        (
+            "num_critics",
+            "critic_learning_rate",
+            "critic_num_epochs",
+            "critic_warmup_rollouts",
+            "gae_gamma",
+            "gae_lambda",
+            "critic_gae_lambda",
+            "whiten_advantages",
+            "advantage_mask_fraction",
+            "entropy_filter_fraction",
+        ),
+        "Asymmetric Proximal Policy Optimization: mini-critics boost LLM reasoning",
+        "2510.01656",
+    ),
     "Positive NLL": (
         "positive_nll_enabled",
         ("positive_nll_coef", "positive_nll_min_reward"),
@@ -50,7 +67,7 @@ def methods_section(args: EntropyGRPOConfig) -> str:
     schedule = ", ".join(f"`{name}={getattr(args, name)}`" for name in SCHEDULE)
     lines = ["## Entropy control", "", "| method | settings | paper |", "|---|---|---|"]
     for name, (enabled, fields, title, arxiv) in METHODS.items():
-        if getattr(args, enabled):
+        if getattr(args, enabled, False):
             settings = ", ".join(f"`{field}={getattr(args, field)}`" for field in fields)
             lines.append(f"| {name} | {settings} | [{title}](https://huggingface.co/papers/{arxiv}) (arXiv {arxiv}) |")
     lines += ["", f"On GRPO with {schedule}, {updates:g} optimizer steps per rollout."]

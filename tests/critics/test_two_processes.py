@@ -1,0 +1,84 @@
+"""Two processes with sharded critics give the values, updates and selections of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForTokenClassification
+
+from trl_entropy.critics import values
+
+from .conftest import make_rollout
+from .ensemble_worker import ROWS, SETTINGS, TOKENS, VOCABULARY
+
+WORKER = Path(__file__).with_name("ensemble_worker.py")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model_path, tmp_path_factory):
+    """Folders of the worker's results on one and on two processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    folders = []
+    for count in (1, 2):
+        folder = tmp_path_factory.mktemp(f"critics_on_{count}")
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command = [sys.executable, *launcher, str(WORKER), tiny_model_path, str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        folders.append(folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def results(runs):
+    found = [torch.load(folder / "results.pt", weights_only=True) for folder in runs]
+    assert [result["processes"] for result in found] == [1, 2]
+    return found
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_values_and_updates_are_equal(results, case):
+    one, two = (result[case] for result in results)
+    assert one["before"].shape == (2, ROWS, TOKENS + 1)
+    torch.testing.assert_close(two["before"], one["before"], rtol=1e-5, atol=1e-5)
+    moved = (one["after"] - one["before"]).abs().mean((1, 2))
+    differing = (two["after"] - one["after"]).abs().mean((1, 2))
+    # bfloat16 gradients are rounded for each process before they are summed
+    limit = 0.15 if case == "bfloat16" else 1e-4
+    assert (differing <= limit * moved).all()
+    assert moved.min() > 0.01
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=limit)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_resume_is_exact(results, case):
+    for result in results:
+        assert torch.equal(result[case]["resumed"], result[case]["after"])
+
+
+def test_forward_passes_are_as_many_on_both(results):
+    first, second = results[1]["forwards"]
+    assert first == second
+    assert min(min(counts) for counts in first) > 0
+
+
+def test_sharded_critics_are_saved_whole(runs, results):
+    rollout = make_rollout(VOCABULARY, rows=ROWS, tokens=TOKENS)
+    for folder, result in zip(runs, results, strict=True):
+        for index, expected in enumerate(result["float32"]["saved"]):
+            critic = AutoModelForTokenClassification.from_pretrained(
+                folder / "float32" / "critics" / f"critic_{index}"
+            )
+            assert critic.config.architectures == [type(critic).__name__]
+            found = values(critic.eval(), rollout.input_ids, rollout.attention_mask, TOKENS)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_selections_are_equal(results):
+    one, two = (result["selection"] for result in results)
+    for name, selected in one.items():
+        assert torch.equal(two[name], selected)
+        assert selected.any()
