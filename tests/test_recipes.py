@@ -12,7 +12,8 @@ from trl_entropy.tasks import get_task
 from trl_entropy.tasks.rewards import load_reward_func
 
 RECIPES = [name for name in recipe_names() if not name.startswith("accelerate/")]  # how to launch, not what to train
-KLEAR = [name for name in RECIPES if "-r1-distill-qwen-" in name]
+KLEAR = [name for name in RECIPES if re.match("(erc|ce-gppo)-r1-distill-qwen-", name)]
+ASYPPO = [name for name in RECIPES if name.startswith("asyppo-")]
 
 
 def header(name: str) -> str:
@@ -95,3 +96,26 @@ def test_klear_settings(name: str, tmp_path: Path) -> None:
         assert (config.ce_gppo_alpha1, config.ce_gppo_alpha2) == (0.75 if "7b" in name else 0.5, 1.0)
         assert (config.epsilon, config.epsilon_high) == (0.2, 0.2)
         assert not config.erc_enabled
+
+
+@pytest.mark.parametrize("name", ASYPPO)
+def test_asyppo_recipes_select_its_trainer(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two critics and both fractions 0.2, arXiv 2510.01656; 4 optimizer steps a rollout on the header's processes."""
+    if name != "asyppo-arithmetic":
+        monkeypatch.setattr(train.AsyPPOConfig, "world_size", property(lambda self: processes(name)))
+    script, config, model, _ = parse(name, tmp_path)
+    assert isinstance(config, train.AsyPPOConfig)
+    assert script.critics
+    assert (config.num_critics, config.critic_gae_lambda) == (2, 1.0)
+    assert (config.advantage_mask_fraction, config.entropy_filter_fraction) == (0.2, 0.2)
+    assert config.entropy_coef > 0
+    if name != "asyppo-arithmetic":
+        assert config.num_generations == 32
+        assert config.generation_batch_size == 32 * 32
+        assert config.steps_per_generation == 4 * config.gradient_accumulation_steps
+        assert bool(script.critic_lora_r) == model.use_peft == name.endswith("-lora")
+
+
+def test_without_critics_the_trainer_is_not_asyppos(tmp_path: Path) -> None:
+    _, config, _, _ = parse("quickstart", tmp_path)
+    assert not isinstance(config, train.AsyPPOConfig)

@@ -22,7 +22,7 @@ def recipes_dir() -> Path:
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, sorted: their paths below `recipes_dir()` without the `.yaml`."""
     folder = recipes_dir()
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:

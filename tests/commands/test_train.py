@@ -134,8 +134,10 @@ def test_resume_equals_an_uninterrupted_run(recipe: WriteRecipe) -> None:
     argv = recipe(save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
     train.main([*argv, "--output_dir", "whole"])
     train.main([*argv, "--output_dir", "halves", "--max_steps", "2", "--resume_from_checkpoint", "auto"])
+    before = log_history("halves")[:2]
     train.main([*argv, "--output_dir", "halves", "--resume_from_checkpoint", "true"])
     assert [entry["step"] for entry in log_history("halves") if "loss" in entry] == [1, 2, 3, 4]
+    assert log_history("halves")[:2] == before  # their step times too: the first two steps were not taken again
     whole, halves = (load_file(Path(folder, "model.safetensors")) for folder in ("whole", "halves"))
     for name in whole:
         assert torch.equal(whole[name], halves[name]), name
@@ -149,10 +151,20 @@ def test_lora(recipe: WriteRecipe) -> None:
 def test_long_prompts_are_left_out(recipe: WriteRecipe, caplog: pytest.LogCaptureFixture) -> None:
     train.main([*recipe(max_prompt_length=2, max_steps=1)])
     assert "max_prompt_length=2 leaves out 8 of 16 rows" in caplog.text
+    with pytest.raises(ValueError, match="The 4 rows to train on are fewer than the 8 prompts of a rollout"):
+        train.main(recipe(max_prompt_length=1))
 
 
-def test_remote_code_stays_off(recipe: WriteRecipe) -> None:
-    assert train.prepare(recipe()).config.trust_remote_code is False
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_remote_code_stays_off_unless_asked_for(
+    asked_for: bool, recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(**arguments: Any) -> None:
+        raise InterruptedError(arguments["args"].model_init_kwargs["trust_remote_code"])
+
+    monkeypatch.setattr(train, "EntropyGRPOTrainer", stop)
+    with pytest.raises(InterruptedError, match=str(asked_for)):
+        train.train(train.prepare([*recipe(), *(["--trust_remote_code", "true"] if asked_for else [])]))
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], list[str], str]] = {
@@ -177,6 +189,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "no reward": ({"reward_funcs": None}, [], "There is no reward: set reward_funcs"),
     "unknown reward": ({"reward_funcs": ["acuracy_reward"]}, [], "reward_funcs='acuracy_reward' is neither"),
     "reward without its column": ({"reward_funcs": ["accuracy_reward"]}, [], "'accuracy_reward' asks for solution"),
+    "fewer rows than a rollout": ({"steps_per_generation": 16}, [], "The 16 rows to train on are fewer than the 32"),
     "prompt length of zero": ({"max_prompt_length": 0}, [], "max_prompt_length=0 must be at least 1"),
     "nothing to resume": ({}, ["--resume_from_checkpoint", "true"], "output_dir='run' holds no checkpoint"),
     "checkpoint that is not there": ({"resume_from_checkpoint": "run/checkpoint-9"}, [], "is not a folder"),

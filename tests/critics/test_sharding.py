@@ -1,5 +1,7 @@
 """Every completion is in exactly one shard, every critic sees every prompt."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -46,9 +48,12 @@ def test_extras_favour_nobody():
 
 
 def test_every_place_in_a_group_is_shared():
-    # 4 completions, 2 critics: each place is critic 0's in half of the prompts, 1000 +- 22 of 2000
+    # 4 completions, 2 critics: each place is critic 0's in half of the prompts, 1000 +- 22 of 2000, and any two
+    # places have the same critic in a third of them, 667 +- 21
     shards = assign_shards([4] * 2000, 2, generator()).view(2000, 4)
     assert ((shards == 0).sum(0) - 1000).abs().max() < 110
+    for first, second in itertools.combinations(range(4), 2):
+        assert abs(int((shards[:, first] == shards[:, second]).sum()) - 667) < 105
 
 
 def test_small_group_is_refused():

@@ -72,7 +72,6 @@ def test_sharded_critics_are_saved_whole(runs, results):
             critic = AutoModelForTokenClassification.from_pretrained(
                 folder / "float32" / "critics" / f"critic_{index}"
             )
-            assert critic.config.architectures == [type(critic).__name__]
             found = values(critic.eval(), rollout.input_ids, rollout.attention_mask, TOKENS)
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -1,11 +1,12 @@
 """Reward functions by name and by import path."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from trl import rewards
 
-from trl_entropy.tasks.rewards import check_reward_columns, load_reward_func
+from trl_entropy.tasks.rewards import check_reward_columns, load_reward_func, require_math_verify
 
 
 def test_trl_names() -> None:
@@ -17,7 +18,7 @@ def test_import_path_from_the_working_directory(tmp_path: Path, monkeypatch: pyt
     source = "def length(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
     (tmp_path / "rewards_of_mine.py").write_text(source, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(".")  # restores sys.path afterwards
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
     assert load_reward_func("rewards_of_mine.length")(completions=["abc"]) == [3.0]
 
 
@@ -43,3 +44,10 @@ def test_missing_column_is_named() -> None:
     check_reward_columns([graded, "a/reward-model"], ["prompt", "solution"])
     with pytest.raises(ValueError, match=r"'graded' asks for solution, .* only the columns prompt, answer"):
         check_reward_columns([graded], ["prompt", "answer"])
+
+
+def test_grading_without_math_verify_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl_entropy.tasks.rewards.find_spec", lambda name: None)
+    require_math_verify([rewards.think_format_reward, "a/reward-model"])
+    with pytest.raises(ImportError, match=r"trl_entropy\[maths\]"):
+        require_math_verify([rewards.accuracy_reward])

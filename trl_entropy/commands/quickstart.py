@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         results[name] = _finished(output / name, settings) or _train_arm(name, task, policy, output / name, settings)
     summary = {"arms": results, "seed": arguments.seed, "versions": _versions()}
     _write_json(output / RESULTS_FILE, summary)
-    page = write_report([output], output / "report.html")
+    title = f"Quickstart: {task.name}, seed {arguments.seed}"
+    page = write_report([output], output / "report.html", title)
     print(_table(results))
     print(f"Report: {page}")
 
@@ -237,11 +238,10 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def _table(results: dict[str, dict[str, Any]]) -> str:
     lines = [f"\n{'held-out accuracy':20}{'before':>8}{'after':>8}   {'95 % interval':16}{'greedy':>8}{'after':>8}"]
     for name, result in results.items():
+        before, after = (f"{result[f'accuracy_{when}']:8.3f}" for when in ("before", "after"))
+        greedy = "".join(f"{result[f'greedy_accuracy_{when}']:8.3f}" for when in ("before", "after"))
         low, high = result["accuracy_after_ci95"]
-        lines.append(
-            f"{name:20}{result['accuracy_before']:8.3f}{result['accuracy_after']:8.3f}   {f'{low:.3f} to {high:.3f}':16}"
-            f"{result['greedy_accuracy_before']:8.3f}{result['greedy_accuracy_after']:8.3f}"
-        )
+        lines.append(f"{name:20}{before}{after}   {f'{low:.3f} to {high:.3f}':16}{greedy}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -20,16 +21,17 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
+from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_entropy.recipes import recipe_names, recipes_dir
 from trl_entropy.tasks import TASKS, Task, get_task
-from trl_entropy.tasks.rewards import TRL_REWARDS, check_reward_columns, load_reward_func
+from trl_entropy.tasks.rewards import TRL_REWARDS, check_reward_columns, load_reward_func, require_math_verify
 from trl_entropy.tasks.sources import Rows, drop_long_prompts, load_source, select_split
 from trl_entropy.telemetry.report import write_report
-from trl_entropy.trainers import EntropyGRPOConfig, EntropyGRPOTrainer
+from trl_entropy.trainers import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 from trl_entropy.trainers.resume import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,10 @@ class TrainArguments(GRPOScriptArguments):
         task: Name of a task of `trl_entropy.tasks.TASKS`.
         task_args: Arguments of the task's `load`, such as `source` of `maths`; as JSON on the command line.
         reward_funcs: Names of `trl_entropy.tasks.rewards.TRL_REWARDS`, or import paths; default: the task's own.
+        environment_args: Arguments of the task's environment, for a task of episodes; as JSON on the command line.
+        critics: Model ids or folders of AsyPPO's critics, one for all or one each; `policy` stands for the weights
+            that the policy starts from. Setting it trains with AsyPPO, whose fields `AsyPPOConfig` adds.
+        critic_lora_r: Train the critics as LoRA adapters of this rank on all linear layers, with alpha twice the rank.
         max_prompt_length: Leave out rows whose prompt has more tokens than this, chat template included.
     """
 
@@ -58,20 +64,37 @@ class TrainArguments(GRPOScriptArguments):
         default=None,
         metadata={"help": f"Rewards: {', '.join(TRL_REWARDS)}, or import paths. Default: those of the task."},
     )
+    environment_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the task's environment, as JSON on the command line."}
+    )
+    critics: list[str] | None = field(
+        default=None, metadata={"help": "AsyPPO's critics: model ids or folders, or `policy`. Selects AsyPPO."}
+    )
+    critic_lora_r: int | None = field(
+        default=None, metadata={"help": "Train AsyPPO's critics as LoRA adapters of this rank."}
+    )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Leave out rows whose prompt has more tokens, chat template included."}
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.task_args, str):
-            try:
-                self.task_args = json.loads(self.task_args)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"task_args={self.task_args!r} is not JSON ({error}).") from error
+        self.task_args = _from_json("task_args", self.task_args)
+        self.environment_args = _from_json("environment_args", self.environment_args)
+        if isinstance(self.critics, str):
+            self.critics = [self.critics]
+        if self.critic_lora_r is not None and (self.critic_lora_r < 1 or not self.critics):
+            raise ValueError(f"critic_lora_r={self.critic_lora_r} must be at least 1, and needs critics.")
         if isinstance(self.reward_funcs, str):
             self.reward_funcs = [self.reward_funcs]
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length={self.max_prompt_length} must be at least 1, or left out.")
+
+
+def _from_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={value!r} is not JSON ({error}).") from error
 
 
 @dataclass(frozen=True)
@@ -109,9 +132,11 @@ def parse(
         ValueError: If it is not YAML, if it or the command line has an unknown field, or if a field has a bad value.
     """
     argv = _with_config_apart(sys.argv[1:] if argv is None else argv)
-    types = (TrainArguments, EntropyGRPOConfig, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(types, prog="trl-entropy train", allow_abbrev=False)
-    parser.epilog = "--config FILE reads fields from a YAML file; the command line overrides it."
+    config_class = AsyPPOConfig if _names_critics(argv) else EntropyGRPOConfig
+    types = (TrainArguments, config_class, ModelConfig, DatasetMixtureConfig)
+    usage = "trl-entropy train --config FILE [--FIELD VALUE ...]"
+    parser = TrlParser(types, prog="trl-entropy train", usage=usage, allow_abbrev=False)
+    parser.epilog = "FILE is YAML with any of these fields; the command line overrides it."
     try:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except yaml.YAMLError as error:
@@ -143,8 +168,11 @@ def prepare(argv: list[str] | None = None) -> Run:
     load = _loader(script, mixture, task, config.seed)
     train_dataset = load("train")
     eval_dataset = load("test") if config.eval_strategy != "no" else None
-    for dataset in filter(None, (train_dataset, eval_dataset)):
-        _check_columns(dataset, reward_funcs)
+    for dataset in (train_dataset, eval_dataset):
+        if dataset is not None:
+            _check_columns(dataset, reward_funcs)
+    require_math_verify(reward_funcs)
+    _check_number_of_rows(train_dataset, config)
     return Run(script, config, model, task, train_dataset, eval_dataset, reward_funcs, checkpoint)
 
 
@@ -163,17 +191,12 @@ def train(run: Run) -> None:
         "dtype": run.model.dtype,
         **(config.model_init_kwargs or {}),
     }
+    train_dataset = _short_enough(run.train_dataset, run, policy)
+    _check_number_of_rows(train_dataset, config)
     set_seed(config.seed)  # TRL 1.12 makes LoRA's weights before it seeds
-    trainer = EntropyGRPOTrainer(
-        model=policy,
-        reward_funcs=run.reward_funcs,
-        args=config,
-        train_dataset=_short_enough(run.train_dataset, run, policy),
-        eval_dataset=_short_enough(run.eval_dataset, run, policy),
-        quantization_config=get_quantization_config(run.model),
-        peft_config=get_peft_config(run.model),
-    )
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    with _rollout(run) as rollout_func:
+        trainer = _trainer(run, policy, train_dataset, rollout_func)
+        trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model(config.output_dir)
     trainer.save_state()
     trainer.create_model_card(dataset_name=run.script.dataset_name)
@@ -181,6 +204,60 @@ def train(run: Run) -> None:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
     if trainer.is_world_process_zero():
         _write_report(config.output_dir)
+
+
+def _trainer(
+    run: Run, policy: str, train_dataset: Rows | None, rollout_func: Callable[..., Any] | None
+) -> EntropyGRPOTrainer:
+    """The trainer that the recipe asks for: AsyPPO where it names critics."""
+    arguments: dict[str, Any] = {
+        "model": policy,
+        "reward_funcs": run.reward_funcs,
+        "args": run.config,
+        "train_dataset": train_dataset,
+        "eval_dataset": _short_enough(run.eval_dataset, run, policy),
+        "quantization_config": get_quantization_config(run.model),
+        "peft_config": get_peft_config(run.model),
+        "rollout_func": rollout_func,
+    }
+    if not run.script.critics:
+        return EntropyGRPOTrainer(**arguments)
+    critics: list[Any] = [policy if name == "policy" else name for name in run.script.critics]
+    adapter = None
+    if run.script.critic_lora_r:
+        rank = run.script.critic_lora_r
+        adapter = LoraConfig(task_type="TOKEN_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return AsyPPOTrainer(**arguments, critics=critics if len(critics) > 1 else critics[0], critic_peft_config=adapter)
+
+
+@contextmanager
+def _rollout(run: Run) -> Iterator[Callable[..., Any] | None]:
+    """The rollout of a task whose completions are episodes; its environments are closed after training."""
+    build = run.task.build_rollout if run.task else None
+    if build is None:
+        yield None
+        return
+    arguments = run.script.environment_args or {}
+    assert not isinstance(arguments, str)  # TrainArguments has read it
+    rollout = build(**arguments)
+    try:
+        yield rollout
+    finally:
+        rollout.close()
+
+
+def _names_critics(argv: list[str]) -> bool:
+    """Whether the command line, or the recipe that it names, sets `critics`."""
+    if any(word.split("=")[0] == "--critics" for word in argv):
+        return True
+    if "--config" not in argv:
+        return False
+    with open(argv[argv.index("--config") + 1], encoding="utf-8") as file:
+        try:
+            recipe = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"The recipe is not valid YAML: {error}") from error
+    return isinstance(recipe, dict) and bool(recipe.get("critics"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -291,6 +368,17 @@ def _check_columns(dataset: Rows, reward_funcs: list[Callable[..., Any] | str]) 
             "chat messages to complete."
         )
     check_reward_columns(reward_funcs, columns)
+
+
+def _check_number_of_rows(dataset: Rows, config: EntropyGRPOConfig) -> None:
+    """TRL draws whole rollouts only: with fewer rows than one takes, it would wait for the first one forever."""
+    prompts = config.generation_batch_size // config.num_generations
+    if isinstance(dataset, Sized) and len(dataset) < prompts:
+        raise ValueError(
+            f"The {len(dataset)} rows to train on are fewer than the {prompts} prompts of a rollout "
+            f"(generation_batch_size={config.generation_batch_size} / num_generations={config.num_generations}). Add "
+            "rows, or lower steps_per_generation or per_device_train_batch_size."
+        )
 
 
 def _built_policy(run: Run, build_policy: Callable[[str, int], str]) -> str:

@@ -1,7 +1,7 @@
 """Two-digit addition, with a character-level policy small enough to train from nothing in a minute on two CPU cores.
 
-Problems are ordered pairs `a+b=` with `a` and `b` in 10..99. Both orders of a pair are in the same split, so a held-out
-problem cannot be solved by having seen it the other way round.
+Problems are `a+b=` with `a` and `b` in 10..99. Both orders of a pair are in the same split: no held-out problem was
+trained on the other way round.
 """
 
 import random
@@ -54,7 +54,7 @@ def load(split: str, size: int | None = None) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def exact_answer_reward(prompts: list[str], completions: list[str], answer: list[str], **columns: object) -> list[float]:
+def exact_answer_reward(completions: list[str], answer: list[str], **columns: object) -> list[float | None]:
     """1 if the completion is the answer, character for character, else 0: spaces, signs and leading zeros count."""
     return [float(completion == expected) for completion, expected in zip(completions, answer, strict=True)]
 

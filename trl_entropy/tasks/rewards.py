@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from trl import rewards
@@ -75,6 +76,17 @@ def check_reward_columns(reward_funcs: Iterable[Callable[..., Any] | str], colum
                 f"Reward function {getattr(func, '__name__', func)!r} asks for {', '.join(sorted(missing))}, and the "
                 f"dataset has only the columns {', '.join(columns)}. Rename or add the column."
             )
+
+
+def require_math_verify(reward_funcs: Iterable[Callable[..., Any] | str]) -> None:
+    """Check that the rewards that grade by math-verify can do so.
+
+    Raises:
+        ImportError: If one of them is TRL's and math-verify is not installed; the message names the extra.
+    """
+    graders = {rewards.accuracy_reward, rewards.reasoning_accuracy_reward}
+    if graders.intersection(reward_funcs) and find_spec("math_verify") is None:
+        raise ImportError("Grading needs math-verify. Install it with: pip install 'trl_entropy[maths]'")
 
 
 def _required_arguments(func: Callable[..., Any]) -> set[str]:

@@ -41,12 +41,14 @@ class Figure:
         title: Heading in the report.
         panels: Drawn below each other, on one horizontal axis.
         reading: One sentence on what a healthy run looks like.
+        from_zero: Whether the vertical axes start at 0.
     """
 
     name: str
     title: str
     panels: tuple[Panel, ...]
     reading: str
+    from_zero: bool = False
 
 
 FIGURES = (
@@ -60,8 +62,8 @@ FIGURES = (
         "entropy",
         "Entropy",
         (Panel("entropy (nats per token)", ("entropy",)),),
-        "Healthy: falls slowly and stays above zero; a drop to zero is collapse (nothing is explored any more), a steep "
-        "rise is a policy coming apart.",
+        "Healthy: falls slowly and stays above zero; a drop to zero is collapse (nothing is explored any more), a "
+        "steep rise is a policy coming apart.",
     ),
     Figure(
         "grad_norm",
@@ -69,6 +71,7 @@ FIGURES = (
         (Panel("gradient norm", ("grad_norm",)),),
         "Healthy: stays in one band, without growth or spikes of several times its usual size; it is measured before "
         "clipping.",
+        from_zero=True,
     ),
     Figure(
         "erc",
@@ -76,6 +79,7 @@ FIGURES = (
         (Panel("fraction of tokens", ("erc/clip_fraction",)),),
         "Healthy: about 0.2 in the paper; near 0 the bounds do nothing, above 0.5 most of the rollout is thrown away "
         "and the learning rate or the number of updates per rollout is too large.",
+        from_zero=True,
     ),
     Figure(
         "ppo_clip",
@@ -86,19 +90,23 @@ FIGURES = (
         ),
         "Healthy: a few per cent at most on either side, steady; fractions that keep growing call for a smaller "
         "learning rate or fewer updates per rollout. PPO-clip drops the gradient of these tokens.",
+        from_zero=True,
     ),
     Figure(
         "ce_gppo",
         "Tokens given back a gradient by CE-GPPO",
         (Panel("below, alpha1", ("ce_gppo/low_fraction",)), Panel("above, alpha2", ("ce_gppo/high_fraction",))),
-        "Healthy: as small and steady as the PPO clip fractions; growth below the range means that alpha1 pushes tokens "
-        "further and further down: fewer updates per rollout, a smaller learning rate or a smaller alpha1.",
+        "Healthy: as small and steady as the PPO clip fractions; growth below the range means that alpha1 pushes "
+        "tokens further and further down, and calls for fewer updates per rollout, a smaller learning rate or a "
+        "smaller alpha1.",
+        from_zero=True,
     ),
     Figure(
         "erc_entropy",
         "Entropy of the tokens that ERC clips and keeps",
         (Panel("clipped (nats)", ("erc/entropy_clipped",)), Panel("kept (nats)", ("erc/entropy_kept",))),
-        "Healthy: in the paper the clipped tokens are mostly those of low entropy, so that the exploring ones are kept.",
+        "Healthy: the clipped tokens have lower entropy (mostly so in the paper) or about the same; if it is far "
+        "higher, ERC holds back the tokens that explore.",
     ),
 )
 
@@ -117,9 +125,10 @@ def series(log_history: Sequence[dict[str, Any]], keys: Sequence[str]) -> tuple[
     """Steps and finite values of a metric; entries without the metric, or with a value that is none, are left out."""
     points = []
     for entry in log_history:
-        value = next((entry[key] for key in keys if key in entry), None)
-        if _is_number(value) and _is_number(entry.get("step")):
-            points.append((float(entry["step"]), float(value)))
+        step = _number(entry.get("step"))
+        value = _number(next((entry[key] for key in keys if key in entry), None))
+        if step is not None and value is not None:
+            points.append((step, value))
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -144,7 +153,7 @@ def draw(figure: Figure, runs: Sequence[Run], stem: Path) -> str | None:
         canvas = _canvas(figure, runs)
         svg_file = stem.parent / f"{stem.name}.svg"
         canvas.savefig(stem.parent / f"{stem.name}.png", dpi=160)
-        canvas.savefig(svg_file, metadata={"Date": None, "Title": figure.title})
+        canvas.savefig(svg_file, metadata={"Date": None, "Creator": None, "Title": figure.title})
     svg = svg_file.read_text(encoding="utf-8")
     return svg[svg.index("<svg") :]
 
@@ -152,7 +161,7 @@ def draw(figure: Figure, runs: Sequence[Run], stem: Path) -> str | None:
 def _canvas(figure: Figure, runs: Sequence[Run]) -> "Canvas":
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(5.2, 1.5 + 1.7 * len(figure.panels)), layout="constrained")
+    canvas = Canvas(figsize=(4.6, 1.3 + 1.6 * len(figure.panels)), layout="constrained")
     axes = canvas.subplots(len(figure.panels), sharex=True, squeeze=False)[:, 0]
     shown: dict[int, Any] = {}
     for axis, panel in zip(axes, figure.panels, strict=True):
@@ -163,6 +172,8 @@ def _canvas(figure: Figure, runs: Sequence[Run]) -> "Canvas":
                 marker = "o" if len(steps) == 1 else ""
                 axis.plot(steps, values, color=colour, alpha=0.35, linewidth=0.9, marker=marker)
                 (shown[index],) = axis.plot(steps, _smooth(values), color=colour, linestyle=style, linewidth=1.8)
+        if figure.from_zero:
+            axis.set_ylim(bottom=0)
         axis.set_ylabel(panel.label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -189,5 +200,8 @@ def _shorten(name: str) -> str:
     return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: object) -> float | None:
+    """A finite number of a log entry, or `None` for anything else."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None

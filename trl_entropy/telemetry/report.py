@@ -7,18 +7,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .figures import FIGURES, draw, require_plots
+from .figures import FIGURES, Figure, draw, require_plots
 from .runs import Run, read_runs
 
-ABSENT = "–"
+ABSENT = "-"
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
+def write_report(folders: Sequence[str | Path], output: str | Path, title: str | None = None) -> Path:
     """Write the page, and every figure as SVG and PNG in a folder beside it (`report_figures` for `report.html`).
 
     Args:
         folders: Run folders, as `read_runs` takes them.
         output: The HTML file; its folder is made if it is not there.
+        title: Heading of the page; `None` for the name of the run, or the number of runs.
 
     Returns:
         `output`.
@@ -37,18 +38,21 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
         svg = draw(figure, runs, figure_folder / figure.name)
         # matplotlib escapes the text that it writes into an SVG.
         figures.append((figure, Markup(svg) if svg else None))
-    output.write_text(_render(runs, figures, figure_folder.name), encoding="utf-8")
+    title = title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared")
+    output.write_text(_render(title, runs, figures, figure_folder.name), encoding="utf-8")
     return output
 
 
-def _render(runs: Sequence[Run], figures: Sequence[tuple[Any, Markup | None]], figure_folder: str) -> str:
+def _render(
+    title: str, runs: Sequence[Run], figures: Sequence[tuple[Figure, Markup | None]], figure_folder: str
+) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["value"] = _value
     shared, differing = _split_settings(runs)
     return environment.get_template("report.html.jinja").render(
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
+        title=title,
         runs=runs,
         accuracies=[_accuracy_row(run) for run in runs if "accuracy_after" in run.result],
         num_problems=sorted({run.result["num_problems"] for run in runs if "num_problems" in run.result}),

@@ -68,8 +68,8 @@ def _log_history(folder: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{file} has no 'log_history' list. Was it written by a transformers trainer?")
             return history
     raise FileNotFoundError(
-        f"{folder} holds no run: neither {STATE_FILE}, nor a checkpoint with one, nor {RESULTS_FILE}. Name a folder that"
-        " was the output_dir of a training run."
+        f"{folder} holds no run: neither {STATE_FILE}, nor a checkpoint with one, nor {RESULTS_FILE}. Name the "
+        "output_dir of a training run."
     )
 
 

@@ -77,6 +77,11 @@ class ExactResume(GRPOTrainer):
         # trainer_state.json, the last file that this writes, is what makes a checkpoint complete
         super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # trainer_state.json comes next: not before the slowest process has saved its part
+        self.accelerator.wait_for_everyone()
+
     def _save_rollout(self, path: str) -> None:
         in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         state = {

@@ -1,0 +1,202 @@
+"""Does EPO calm the entropy of a multi-turn agent? Five seeds of the small environment, with and without it.
+
+Run from the repository, with the extra `plots`:
+
+    python recipes/study/epo_oscillation.py
+
+Seeds 0 to 4; each seed's policy, data order and sampling seed are the same in every arm. About 15 minutes of one
+core. Results are kept run by run in `epo_oscillation.json` beside this file, so a second call continues where the first
+one stopped; `--report` only draws the figure and writes the tables of `epo_oscillation.md` again.
+
+The setting is that of `recipes/epo-corridor.yaml`. Oscillation is what arXiv 2509.22576 looks at: the standard
+deviation, from RL step 10 on, of the change of mean token entropy from one RL step to the next. Entropies are those of
+the rollout policy on its own rollout (64 episodes).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from trl_entropy import EntropyGRPOTrainer
+from trl_entropy.commands.train import parse
+from trl_entropy.controls.epo import turn_indices
+from trl_entropy.recipes import recipe_path
+from trl_entropy.tasks import get_task
+from trl_entropy.trainers.contact import loss_mask
+
+ARMS = {
+    "GRPO": {"epo_coef": 0.0},
+    "GRPO + EPO, lambda 0.001": {"epo_coef": 0.001},
+    "GRPO + entropy bonus 0.02": {"epo_coef": 0.02, "epo_penalty": 0.0},
+    "GRPO + EPO, lambda 0.02": {"epo_coef": 0.02},
+    "GRPO + EPO, lambda 0.02, alpha 2": {"epo_coef": 0.02, "epo_penalty": 2.0},
+}
+SEEDS = (0, 1, 2, 3, 4)
+FIRST_STEP = 10
+LAST_STEPS = 10
+EARLY_TURNS, DOOR_TURNS = slice(0, 3), slice(11, 14)
+T_95 = 2.776  # two-sided 95 % quantile of Student's t with 4 degrees of freedom
+
+FOLDER = Path(__file__).parent
+RESULTS, FIGURE, SECTION = (FOLDER / f"epo_oscillation.{ending}" for ending in ("json", "png", "md"))
+
+
+class RecordingTrainer(EntropyGRPOTrainer):
+    """Keeps the entropies of every rollout, also where no control asks for them; it changes nothing else."""
+
+    controlled = True
+    wants_old_entropies = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rollouts: list[dict[str, Any]] = []
+
+    def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
+        super().on_rollout(output, rewards)
+        if self.mode == "eval":
+            return
+        mask, entropies = loss_mask(output), output["old_entropies"]
+        turns = turn_indices(mask)
+        self.rollouts.append(
+            {
+                "entropy": round(entropies[mask].mean().item(), 5),
+                "success": rewards.mean().item(),
+                "turns": [round(entropies[turns == i].mean().item(), 5) for i in range(int(turns.max()) + 1)],
+            }
+        )
+
+
+def run(arm: str, seed: int, output_dir: str) -> dict[str, Any]:
+    """Train one arm with one seed; returns its rollouts and the success rate on the 400 held-out episodes."""
+    task = get_task("corridor")
+    assert task.build_policy is not None
+    assert task.build_rollout is not None
+    policy = task.build_policy(os.path.join(output_dir, f"policy-{seed}"), seed)
+    overrides = {"seed": seed, "output_dir": output_dir, "disable_tqdm": True, "num_generations_eval": 1, **ARMS[arm]}
+    overrides["per_device_eval_batch_size"] = 100
+    argv = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+    _, config, _, _ = parse(["--config", str(recipe_path("epo-corridor")), *argv])
+    with task.build_rollout() as rollout:
+        trainer = RecordingTrainer(
+            model=policy,
+            args=config,
+            reward_funcs=list(task.reward_funcs),
+            train_dataset=task.load("train"),
+            eval_dataset=task.load("test"),
+            processing_class=PreTrainedTokenizerFast.from_pretrained(policy),
+            rollout_func=rollout,
+        )
+        trainer.train()
+        test = trainer.evaluate()["eval_episode/success_rate"]
+    return {"rollouts": trainer.rollouts, "test_success": test}
+
+
+def oscillation(rollouts: list[dict[str, Any]]) -> float:
+    """Standard deviation of the step-to-step change of entropy from `FIRST_STEP` on, nats."""
+    entropies = [rollout["entropy"] for rollout in rollouts[FIRST_STEP:]]
+    return statistics.stdev(after - before for before, after in pairwise(entropies))
+
+
+def late_mean(pick: Callable[[dict[str, Any]], float]) -> Callable[[dict[str, Any]], float]:
+    """Mean of a quantity of the last `LAST_STEPS` rollouts of a run."""
+    return lambda result: statistics.fmean(pick(rollout) for rollout in result["rollouts"][-LAST_STEPS:])
+
+
+QUANTITIES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "oscillation (nats)": lambda result: oscillation(result["rollouts"]),
+    "success, held-out": lambda result: result["test_success"],
+    "success, last steps": late_mean(lambda rollout: rollout["success"]),
+    "entropy, last steps": late_mean(lambda rollout: rollout["entropy"]),
+    "entropy, turns 1-3": late_mean(lambda rollout: statistics.fmean(rollout["turns"][EARLY_TURNS])),
+    "entropy, turns 12-14": late_mean(lambda rollout: statistics.fmean(rollout["turns"][DOOR_TURNS])),
+}
+
+
+def interval(values: Iterable[float]) -> str:
+    """Mean and half-width of its 95 % confidence interval over the seeds."""
+    values = list(values)
+    return f"{statistics.fmean(values):.3f} ± {T_95 * statistics.stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def table(results: dict[str, Any], minus: str | None = None) -> str:
+    """Markdown table of all quantities; with `minus`, of the paired difference from that arm."""
+    arms = [arm for arm in ARMS if arm != minus]
+    lines = ["| arm | " + " | ".join(QUANTITIES) + " |", "|---" * (len(QUANTITIES) + 1) + "|"]
+    for arm in arms:
+        cells = []
+        for quantity in QUANTITIES.values():
+            values = [quantity(results[f"{arm} / {seed}"]) for seed in SEEDS]
+            base = [quantity(results[f"{minus} / {seed}"]) if minus else 0.0 for seed in SEEDS]
+            cells.append(interval(value - other for value, other in zip(values, base, strict=True)))
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Entropy and success against the RL step, and entropy against the turn, means over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (entropy, success, by_turn) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for arm in ARMS:
+        runs = [results[f"{arm} / {seed}"]["rollouts"] for seed in SEEDS]
+        (line,) = entropy.plot(_mean(runs, "entropy"), label=arm)
+        for rollouts in runs:
+            entropy.plot([r["entropy"] for r in rollouts], color=line.get_color(), alpha=0.2, linewidth=0.7)
+        success.plot(_mean(runs, "success"))
+        last = [rollout["turns"] for rollouts in runs for rollout in rollouts[-LAST_STEPS:]]
+        longest = max(map(len, last))
+        columns = [[turns[i] for turns in last if len(turns) > i] for i in range(longest)]
+        by_turn.plot(range(1, longest + 1), [statistics.fmean(column) for column in columns])
+    entropy.set(xlabel="RL step", ylabel="mean token entropy (nats)", title="Entropy; thin: single seeds")
+    success.set(xlabel="RL step", ylabel="success rate of the rollout", title="Success")
+    by_turn.set(xlabel="turn", ylabel="mean token entropy (nats)", title=f"Entropy by turn, last {LAST_STEPS} steps")
+    entropy.legend(fontsize=8)
+    figure.savefig(FIGURE, dpi=110)
+
+
+def _mean(runs: list[list[dict[str, Any]]], name: str) -> list[float]:
+    return [statistics.fmean(rollout[name] for rollout in step) for step in zip(*runs, strict=True)]
+
+
+def report(results: dict[str, Any]) -> None:
+    """Draw the figure and replace the tables of the section, between its markers."""
+    draw(results)
+    tables = {"values": table(results), "differences": table(results, minus="GRPO")}
+    text = SECTION.read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, rest = text.split(start)
+        text = before + start + lines + end + rest.split(end)[1]
+    SECTION.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--report", action="store_true", help="only draw the figure and the tables again")
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    missing = [(arm, seed) for seed in SEEDS for arm in ARMS if f"{arm} / {seed}" not in results]
+    for arm, seed in [] if arguments.report else missing:
+        with tempfile.TemporaryDirectory() as folder:
+            results[f"{arm} / {seed}"] = run(arm, seed, folder)
+        RESULTS.write_text(json.dumps(results), encoding="utf-8")
+    report(results)
+
+
+if __name__ == "__main__":
+    main()

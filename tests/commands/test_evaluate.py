@@ -1,0 +1,262 @@
+"""`trl-entropy eval` end to end on a tiny model and a local file: results, interruption, resumption and refusals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+import trl_entropy
+from trl_entropy.commands import evaluate as command
+from trl_entropy.commands.engines import TransformersEngine
+from trl_entropy.commands.evaluate import EvaluateArguments, main, parse
+
+NUM_PROBLEMS = 6
+REWARD = """
+def odd(completions, **columns):
+    texts = [completion[0]["content"] for completion in completions]
+    return [float(ord(text[0]) % 2) if text else 0.0 for text in texts]
+
+def even(completions, **columns):
+    return [1 - reward for reward in odd(completions)]
+"""
+SETTINGS = ["--dataset_file", "rows.jsonl", "--reward_funcs", "odd_reward.odd", "--backend", "transformers"]
+SETTINGS += ["--temperature", "1.0", "--max_new_tokens", "20", "--n", "4", "--template", "none"]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the tiny model in `m`, problems of different lengths, and a reward."""
+    rows = [{"problem": "+".join("123456"[: i + 1]) + "=", "answer": str(i)} for i in range(NUM_PROBLEMS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "odd_reward.py").write_text(REWARD, encoding="utf-8")
+    shutil.copytree(tiny_model_path, tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "odd_reward", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds of the samples that were generated, in order."""
+    seeds: list[int] = []
+    generate = TransformersEngine.generate
+
+    def spy(self: TransformersEngine, prompts: Any, wanted: Any) -> Any:
+        seeds.extend(wanted)
+        return generate(self, prompts, wanted)
+
+    monkeypatch.setattr(TransformersEngine, "generate", spy)
+    return seeds
+
+
+def run(*arguments: str, out: str = "out", model: str = "m") -> dict[str, Any]:
+    main(["--model", *model.split(), "--output_dir", out, *SETTINGS, *arguments])
+    return json.loads(Path(out, "results.json").read_text(encoding="utf-8"))["results"]
+
+
+def samples(out: str = "out", model: str = "m") -> dict[tuple[int, int], dict[str, Any]]:
+    lines = Path(out, "samples", model, "rows.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    records = [json.loads(line) for line in lines]
+    found = {(record["problem"], record["sample"]): record for record in records}
+    assert len(found) == len(records)
+    return found
+
+
+def test_results_of_a_model_and_its_adapter(
+    workplace: Path, tiny_model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = get_peft_model(tiny_model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapter.peft_config["default"].base_model_name_or_path = "m"
+    adapter.save_pretrained("lora")
+    results = run("--k", "1", "4", model="m lora")["rows"]
+    for model in ("m", "lora"):
+        records = samples(model=model)
+        assert set(records) == {(problem, i) for problem in range(NUM_PROBLEMS) for i in range(4)}
+        correct = [sum(records[problem, i]["reward"] == 1 for i in range(4)) for problem in range(NUM_PROBLEMS)]
+        assert results[model]["correct"] == correct
+        assert results[model]["avg"]["value"] == pytest.approx(sum(correct) / 24)
+        assert results[model]["pass"]["4"]["value"] == pytest.approx(sum(c > 0 for c in correct) / NUM_PROBLEMS)
+        for record in records.values():
+            assert record["reward"] == float(ord((record["completion"] or "\0")[0]) % 2)
+            assert record["truncated"] == (record["num_tokens"] == 20)
+    assert samples(model="lora") != samples()
+    difference = results["lora"]["avg"]["value"] - results["m"]["avg"]["value"]
+    assert results["lora"]["difference"]["value"] == pytest.approx(difference)
+    shown = capsys.readouterr().out
+    assert Path("out", "results.md").read_text(encoding="utf-8") in shown
+    assert "avg@4" in shown
+
+
+def test_killed_and_run_again_it_ends_like_an_uninterrupted_run(workplace: Path, drawn: list[int]) -> None:
+    arguments = ["--batch_size", "1"]
+    expected = run(*arguments, out="whole")
+    all_seeds, path = list(drawn), Path("out", "samples", "m", "rows.jsonl")
+    drawn.clear()
+    environment = {**os.environ, "PYTHONPATH": str(Path(trl_entropy.__file__).parents[1])}
+    words = ["--model", "m", "--output_dir", "out", *SETTINGS, *arguments]
+    with subprocess.Popen([sys.executable, "-m", "trl_entropy.commands.evaluate", *words], env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not (path.exists() and path.read_bytes().count(b"\n") > 4):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    with path.open("ab") as file:
+        file.write(b'{"problem": 5, "sample": 7, "rew')
+    kept = path.read_bytes().rpartition(b"\n")[0]
+    num_kept = kept.count(b"\n")
+    assert 4 <= num_kept < NUM_PROBLEMS * 4
+    assert run(*arguments) == expected
+    # what was there is untouched and was not drawn again, and every sample is the uninterrupted run's
+    assert path.read_bytes().startswith(kept)
+    assert sorted(drawn) == sorted(all_seeds[num_kept:])
+    assert samples() == samples("whole")
+
+
+def test_a_finished_evaluation_loads_no_model(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run()
+    monkeypatch.setattr(command, "TransformersEngine", None)
+    assert run() == first
+    # and of what is there, less can be asked for
+    fewer = run("--n", "2", "--limit", "3")["rows"]["m"]
+    records = samples()
+    assert fewer["correct"] == [sum(records[problem, i]["reward"] == 1 for i in range(2)) for problem in range(3)]
+
+
+def test_more_samples_and_problems_keep_what_is_there(workplace: Path, drawn: list[int]) -> None:
+    run("--n", "1", "--limit", "2")
+    assert len(drawn) == 2
+    run("--n", "2", "--limit", "4")
+    assert len(drawn) == len(set(drawn)) == 8
+    more = samples()
+    run("--n", "2", "--limit", "4", out="other")
+    assert more == samples("other")
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch(workplace: Path) -> None:
+    few = ["--n", "2", "--limit", "4"]
+    run(*few, "--batch_size", "1", out="one")
+    run(*few, "--batch_size", "7", out="seven")
+    run(*few, "--seed", "1", out="seed")
+    assert samples("one") == samples("seven")
+    assert samples("one") != samples("seed")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--temperature", "0.5"], r"made with temperature=1\.0, not 0\.5\. Restore"),
+        (["--max_new_tokens", "10", "--seed", "3"], r"max_new_tokens=20, not 10; seed=0, not 3"),
+        (["--template", "qwen3"], r"template='none', not 'qwen3'"),
+        (["--reward_funcs", "odd_reward.even"], r"reward_funcs=\['odd'\], not \['even'\]"),
+    ],
+)
+def test_changed_settings_are_refused(changed: list[str], message: str, workplace: Path) -> None:
+    run("--n", "1", "--limit", "1")
+    with pytest.raises(SystemExit, match=message):
+        run("--n", "1", "--limit", "1", *changed)
+
+
+def test_changed_weights_and_problems_are_refused(workplace: Path) -> None:
+    run("--n", "1", "--limit", "1")
+    rows = Path("rows.jsonl").read_text(encoding="utf-8")
+    Path("rows.jsonl").write_text(rows.replace("1+2=", "2+1="), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"made with prompts='\w+', not"):
+        run("--n", "1", "--limit", "1")
+    Path("rows.jsonl").write_text(rows, encoding="utf-8")
+    weights = bytearray(Path("m", "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    Path("m", "model.safetensors").write_bytes(weights)
+    with pytest.raises(SystemExit, match=r"made with weights='\w+', not"):
+        run("--n", "1", "--limit", "1")
+
+
+def test_a_task_keeps_its_prompts_and_a_config_file_its_fields(workplace: Path) -> None:
+    fields = {"model": "m", "output_dir": "out", "task": "arithmetic", "task_args": {"size": 3}, "n": 2, "k": 2}
+    fields |= {"max_new_tokens": 4, "backend": "transformers", "temperature": 0.9}
+    Path("eval.yaml").write_text(json.dumps(fields), encoding="utf-8")
+    main(["--config=eval.yaml", "--temperature", "1.0"])
+    report = json.loads(Path("out", "results.json").read_text(encoding="utf-8"))
+    assert (report["settings"]["temperature"], report["settings"]["k"]) == (1.0, [2])
+    assert len(report["results"]["arithmetic"]["m"]["correct"]) == 3
+    header = json.loads(Path("out", "samples", "m", "arithmetic.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert header["template"] == "none"
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_the_model_is_loaded(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "TransformersEngine", None)
+    # the longest prompt has 12 tokens: 1+2+3+4+5+6= and a blank line
+    with pytest.raises(
+        SystemExit, match=r"makes 132 tokens, and its context is 128\. Set max_new_tokens to at most 116"
+    ):
+        run("--max_new_tokens", "120")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": []}, "model and output_dir are needed"),
+        ({"model": ["a", "a"]}, "twice"),
+        ({"benchmark": []}, "Set one of benchmark, task and dataset_file"),
+        ({"task": "maths"}, "Set one of"),
+        ({"benchmark": ["aime24", "aime25"], "dataset_file": "f.jsonl"}, "one benchmark"),
+        ({"benchmark": [], "task": "maths", "dataset_file": "f.jsonl"}, "dataset_file goes with"),
+        ({"task_args": {"size": 2}}, "needs a task"),
+        ({"task_args": "{size: 2}"}, "is not JSON"),
+        ({"chat_template_kwargs": "[1]"}, "is not a mapping"),
+        ({"template": "llama"}, "template='llama' is unknown"),
+        ({"backend": "sglang"}, "backend='sglang' is unknown"),
+        ({"n": 0}, "n=0"),
+        ({"limit": 0}, "limit=0"),
+        ({"k": [1, 64]}, r"k=\[1, 64\] must be in 1\.\.n=32"),
+        ({"top_p": 0.0}, r"top_p=0\.0"),
+        ({"temperature": -0.1}, r"temperature=-0\.1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 0.0}, "Set n=1"),
+    ],
+)
+def test_bad_fields_are_refused(changes: dict[str, Any], message: str) -> None:
+    fields = {"model": ["m"], "output_dir": "out", "benchmark": ["aime24"], "backend": "transformers", **changes}
+    with pytest.raises(ValueError, match=message):
+        EvaluateArguments(**fields)
+
+
+def test_the_papers_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    found = parse(["--model", "a", "b", "--benchmark", "aime24", "hmmt25", "--output_dir", "out"])
+    assert (found.n, found.temperature, found.top_p, found.max_new_tokens) == (32, 0.6, 0.95, 32768)
+    assert (found.model, found.benchmark, found.k) == (["a", "b"], ["aime24", "hmmt25"], [1, 16, 32])
+    assert (found.backend, found.trust_remote_code) == ("transformers", False)
+
+
+def test_vllm_is_taken_if_it_is_installed_and_named_if_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: dict[str, Any] = {"model": ["m"], "output_dir": "out", "benchmark": ["aime24"]}
+    monkeypatch.setattr(command, "find_spec", lambda name: object())
+    assert EvaluateArguments(**fields).backend == "vllm"
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"trl_entropy\[vllm\]"):
+        EvaluateArguments(**fields, backend="vllm")
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="tensor_parallel_size"):
+        EvaluateArguments(model=["m"], output_dir="out", benchmark=["aime24"], backend="transformers")
+
+
+def test_unknown_fields_are_one_line(workplace: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^trl-entropy eval: error: Unknown field '--temprature'"):
+        run("--temprature", "1")
+    with pytest.raises(SystemExit, match=r"^trl-entropy eval: error: .*none\.yaml"):
+        main(["--config", "none.yaml"])

@@ -1,0 +1,194 @@
+"""`trl-entropy quickstart`, with a policy that is not warmed up and two optimizer steps an arm."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from trl_entropy.commands import quickstart
+from trl_entropy.recipes import recipe_path
+from trl_entropy.tasks import arithmetic
+from trl_entropy.telemetry import figures
+
+pytest.importorskip("matplotlib")
+
+ARMS = ["ppo-clip", "ce-gppo+erc"]
+
+
+def digit_reward(completions: list[str], **columns: object) -> list[float | None]:
+    """1 for a completion that begins with a digit, which a random policy does now and then."""
+    return [float(completion[:1].isdigit()) for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A recipe of two small steps, 64 held-out problems, a reward that the random policy gets, and that policy."""
+    recipe = yaml.safe_load(recipe_path("quickstart").read_text(encoding="utf-8"))
+    recipe |= {"per_device_train_batch_size": 16, "steps_per_generation": 2, "logging_steps": 1, "max_steps": 2}
+    file = tmp_path_factory.mktemp("recipe") / "quickstart.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    load, threads = arithmetic.load, torch.get_num_threads()
+    task = arithmetic.Task("arithmetic", lambda split: load(split, 64), (digit_reward,), arithmetic.build_policy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "recipe_path", lambda name: file)
+        patch.setattr(arithmetic, "TASK", task)
+        patch.setattr(arithmetic, "WARM_UP_ACCURACY", 0.0)
+        yield patch
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(small: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished quickstart of two arms."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    run(folder, ARMS)
+    return folder
+
+
+def run(folder: Path, arms: list[str], *more: str) -> dict[str, Any]:
+    quickstart.main(["--output_dir", str(folder), "--arms", ",".join(arms), *more])
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def numbers(results: dict[str, Any], arm: str) -> dict[str, Any]:
+    return {key: value for key, value in results["arms"][arm].items() if key != "seconds"}
+
+
+def log_history(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+def test_results_hold_every_arm_with_its_settings(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    assert list(results["arms"]) == ARMS
+    assert results["seed"] == 0
+    assert {"trl", "torch", "trl_entropy"} <= set(results["versions"])
+    for arm in ARMS:
+        result = results["arms"][arm]
+        assert result["num_problems"] == 64
+        for when in ("before", "after"):
+            low, high = result[f"accuracy_{when}_ci95"]
+            assert low <= result[f"accuracy_{when}"] <= high
+            assert 0 <= result[f"greedy_accuracy_{when}"] <= 1
+        assert {key: result["settings"].get(key) for key in ("max_steps", "seed", "erc_low")} == {
+            "max_steps": 2,
+            "seed": 0,
+            "erc_low": quickstart.ARMS[arm].get("erc_low"),
+        }
+        assert result["seconds"] > 0
+
+
+def test_arms_train_from_one_start_with_their_own_control(finished: Path) -> None:
+    start, *trained = (load_file(finished / name / "model.safetensors") for name in ("policy", *ARMS))
+    assert all(not all(torch.equal(weights[key], start[key]) for key in start) for weights in trained)
+    first, second = (log_history(finished / arm) for arm in ARMS)
+    assert first[0]["reward"] == second[0]["reward"]  # the first rollout is the same policy's, with the same seed
+    assert not any(key.startswith("erc/") for entry in first for key in entry)
+    assert all({"erc/clip_fraction", "ce_gppo/low_fraction"} <= set(entry) for entry in second[:2])
+
+
+def test_page_and_figures_are_written(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "Quickstart: arithmetic, seed 0" in page
+    assert page.count("<svg") >= 5
+    names = {path.name for path in (finished / "report_figures").iterdir()}
+    for name in ("reward", "entropy", "grad_norm", "ppo_clip", "erc", "ce_gppo"):
+        assert {f"{name}.svg", f"{name}.png"} <= names
+
+
+def test_same_seed_gives_the_same_numbers_again(finished: Path, small: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    torch.rand(5)  # whatever the process did before must not matter
+    again = run(tmp_path / "again", ARMS[1:])
+    assert numbers(again, ARMS[1]) == numbers(results, ARMS[1])
+    shown = ("grad_norm", "reward", "entropy", "loss")
+    first, second = (
+        [[entry.get(key, 0.0) for key in shown] for entry in log_history(folder / ARMS[1])]
+        for folder in (finished, tmp_path / "again")
+    )
+    assert first == second
+    assert first[0][0] > 0
+
+
+def test_finished_arms_are_kept_and_others_trained(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    trained = []
+
+    def train_arm(name: str, task: object, policy: str, folder: Path, settings: dict[str, Any]) -> None:
+        trained.append((name, settings["max_steps"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "_train_arm", train_arm)
+    assert run(finished, ARMS) == results
+    assert capsys.readouterr().out.count("Kept from an earlier run") == 3  # the policy and two arms
+    for arms, more in ((["ppo-clip", "erc"], []), (ARMS, ["--steps", "3"])):
+        with pytest.raises(KeyboardInterrupt):
+            run(finished, arms, *more)
+    assert trained == [("erc", 2), ("ppo-clip", 3)]
+
+
+def test_arm_of_other_versions_is_not_kept(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = json.loads((finished / ARMS[0] / "result.json").read_text(encoding="utf-8"))
+    assert quickstart._finished(finished / ARMS[0], result["settings"]) == result
+    monkeypatch.setattr(quickstart, "_versions", lambda: {**result["versions"], "torch": "0.1"})
+    assert quickstart._finished(finished / ARMS[0], result["settings"]) is None
+
+
+def test_output_is_a_bar_an_arm_and_a_table(
+    small: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, ["erc"])
+    captured = capfd.readouterr()
+    bars = captured.err.replace("\r", "\n").split("\n")
+    assert {line.split(":")[0].strip() for line in bars} <= {"", "warm-up", "erc"}
+    assert "2/2" in captured.err
+    assert "entropy=" in captured.err
+    *_, table, last = captured.out.strip().splitlines()
+    assert table.startswith("erc ")
+    assert last == f"Report: {tmp_path / 'report.html'}"
+
+
+def test_every_arm_is_a_valid_config_with_eight_updates_a_rollout() -> None:
+    recipe = yaml.safe_load(recipe_path("quickstart").read_text(encoding="utf-8"))
+    for arm in quickstart.ARMS.values():
+        settings: dict[str, Any] = {**quickstart._config_fields(recipe), **arm}
+        config = quickstart.EntropyGRPOConfig(output_dir="unused", **settings)
+        assert config.steps_per_generation * config.num_iterations // config.gradient_accumulation_steps == 8
+        assert config.max_steps % 8 == 0
+    assert list(quickstart.ARMS) == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arms", "erc,dapo"], "--arms: 'dapo' is unknown. Choose from ppo-clip, erc, ce-gppo, ce-gppo+erc."),
+        (["--steps", "0"], "--steps: 0 must be at least 1."),
+        (["--seed", "-1"], "--seed: -1 must be in 0..2**32 - 1."),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quickstart.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"trl-entropy quickstart: error: .*trl_entropy\[plots\]"):
+        quickstart.main(["--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_correct", "num_problems", "interval"),
+    # By hand, z = 1.96: (p + z^2/2n -+ z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n).
+    [(0, 10, (0.0, 0.2775)), (5, 10, (0.2366, 0.7634)), (10, 10, (0.7225, 1.0)), (254, 1016, (0.2243, 0.2775))],
+)
+def test_wilson_interval(num_correct: int, num_problems: int, interval: tuple[float, float]) -> None:
+    assert quickstart.wilson_interval(num_correct, num_problems) == pytest.approx(interval, abs=1e-4)

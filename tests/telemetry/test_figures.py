@@ -1,0 +1,126 @@
+"""The figures: which points are drawn, and what is written."""
+
+import math
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from trl_entropy.telemetry import figures
+from trl_entropy.telemetry.figures import FIGURES, Figure, Panel, draw, series
+from trl_entropy.telemetry.runs import Run
+
+pytest.importorskip("matplotlib")
+
+REWARD = next(figure for figure in FIGURES if figure.name == "reward")
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def run(name: str, *rewards: float) -> Run:
+    return Run(name, [{"step": step, "reward": reward} for step, reward in enumerate(rewards, start=1)])
+
+
+def texts(svg: str) -> list[str]:
+    return ["".join(element.itertext()) for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_series_leaves_out_what_is_not_a_finite_number() -> None:
+    history: list[dict[str, Any]] = [
+        {"step": 1, "reward": 0.5},
+        {"step": 2, "loss": 0.1},
+        {"step": 3, "reward": math.nan},
+        {"step": 4, "reward": None},
+        {"step": 5, "reward": "0.5"},
+        {"step": 6, "reward": True},
+        {"reward": 0.7},
+        {"step": 8, "reward": 1},
+    ]
+    assert series(history, ("reward",)) == ([1.0, 8.0], [0.5, 1.0])
+
+
+def test_series_takes_the_first_metric_that_an_entry_has() -> None:
+    history = [{"step": 1, "new": 1.0, "old": 2.0}, {"step": 2, "old": 3.0}]
+    assert series(history, ("new", "old")) == ([1.0, 2.0], [1.0, 3.0])
+
+
+def test_clip_fractions_of_a_run_without_controls_are_trls() -> None:
+    ppo_clip = next(figure for figure in FIGURES if figure.name == "ppo_clip")
+    history = [{"step": 1, "clip_ratio/low_mean": 0.1, "clip_ratio/high_mean": 0.2}]
+    assert [series(history, panel.keys)[1] for panel in ppo_clip.panels] == [[0.1], [0.2]]
+
+
+def test_figure_is_written_as_svg_and_png(tmp_path: Path) -> None:
+    svg = draw(REWARD, [run("first", 0.1, 0.2), run("second", 0.2, 0.1)], tmp_path / "v1.reward")
+    assert (tmp_path / "v1.reward.png").read_bytes().startswith(b"\x89PNG")
+    assert svg is not None
+    assert svg.startswith("<svg")
+    assert (tmp_path / "v1.reward.svg").read_text(encoding="utf-8").endswith(svg)
+    assert {"first", "second", "mean reward", "optimizer step"} <= set(texts(svg))
+
+
+def test_thin_line_is_the_metric_as_logged_and_thick_line_its_moving_average() -> None:
+    (axis,) = figures._canvas(REWARD, [run("one", 1.0, 0.0, 0.0)]).axes
+    raw, smooth = axis.lines
+    assert np.asarray(raw.get_ydata()).tolist() == [1.0, 0.0, 0.0]
+    assert np.asarray(smooth.get_ydata()) == pytest.approx([1.0, 0.6, 0.36])  # 0.6 of the last, 0.4 of the new
+    assert raw.get_linewidth() < smooth.get_linewidth()
+
+
+def test_runs_keep_their_colour_when_one_lacks_the_metric() -> None:
+    (axis,) = figures._canvas(REWARD, [Run("none", []), run("some", 0.1, 0.2)]).axes
+    assert {line.get_color() for line in axis.lines} == {figures.COLOURS[1]}
+
+
+def test_no_two_of_many_runs_look_alike() -> None:
+    (axis,) = figures._canvas(REWARD, [run(str(index), 0.1, 0.2) for index in range(20)]).axes
+    looks = {(line.get_color(), line.get_linestyle()) for line in axis.lines[1::2]}
+    assert len(looks) == 20
+
+
+def test_one_point_is_visible() -> None:
+    (axis,) = figures._canvas(REWARD, [run("one", 0.5)]).axes
+    assert axis.lines[0].get_marker() == "o"
+
+
+@pytest.mark.parametrize("name", ["_hidden", "cost $x^$", r"$\frac{1$", "<script>alert(1)</script>", "a & b", "ü"])
+def test_name_of_a_run_is_shown_as_it_is(name: str, tmp_path: Path) -> None:
+    svg = draw(REWARD, [run(name, 0.1, 0.2)], tmp_path / "reward")
+    assert svg is not None
+    assert "<script" not in svg
+    assert name in texts(svg)
+
+
+def test_long_name_is_shortened(tmp_path: Path) -> None:
+    svg = draw(REWARD, [run("x" * 300, 0.1, 0.2)], tmp_path / "reward")
+    assert svg is not None
+    assert "x" * 39 + "…" in texts(svg)
+
+
+def test_same_data_is_the_same_file(tmp_path: Path) -> None:
+    first, second = (draw(REWARD, [run("one", 0.1, 0.2)], tmp_path / name) for name in ("a", "b"))
+    assert first == second
+
+
+def test_nothing_is_drawn_without_the_metric(tmp_path: Path) -> None:
+    assert draw(REWARD, [Run("empty", [{"step": 1, "loss": 0.5}])], tmp_path / "reward") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_panels_are_drawn_below_each_other() -> None:
+    two = Figure("two", "Two", (Panel("upper", ("reward",)), Panel("lower", ("entropy",))), "Healthy: both.")
+    upper, lower = figures._canvas(two, [run("one", 0.1, 0.2)]).axes
+    assert (upper.get_ylabel(), lower.get_ylabel()) == ("upper", "lower")
+    assert upper.get_position().y0 > lower.get_position().y0
+
+
+def test_every_figure_says_what_is_healthy() -> None:
+    assert all(figure.reading.startswith("Healthy: ") and figure.reading.endswith(".") for figure in FIGURES)
+    assert len({figure.name for figure in FIGURES}) == len(FIGURES)
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'matplotlib\. Install it with: pip install "trl_entropy\[plots\]"'):
+        draw(REWARD, [run("one", 0.1)], tmp_path / "reward")

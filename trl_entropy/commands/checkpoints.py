@@ -1,0 +1,120 @@
+"""What a model's name stands for: a model of the hub, a folder, or a LoRA adapter on either. Safetensors only."""
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FINGERPRINT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to evaluate.
+
+    Attributes:
+        name: As the user gave it.
+        model: Name on the hub, or folder, of the model; of the base model for a LoRA adapter.
+        adapter: Folder of the adapter; `None` where there is none.
+        fingerprint: Changes when the weights do.
+        context: Longest sequence that the model takes, in tokens; `None` where its config does not say.
+    """
+
+    name: str
+    model: str
+    adapter: str | None
+    fingerprint: str
+    context: int | None
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Where the tokenizer is: with the adapter if it was saved there, else with the model."""
+        saved = self.adapter is not None and Path(self.adapter, "tokenizer_config.json").is_file()
+        return str(self.adapter) if saved else self.model
+
+    @property
+    def lora_rank(self) -> int:
+        """The adapter's highest rank; 0 where there is none."""
+        if self.adapter is None:
+            return 0
+        config = json.loads(Path(self.adapter, ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+def find_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """What is behind a model's name. Loads its config, not its weights.
+
+    Args:
+        name: Name on the hub; folder of a model, or of a run's checkpoint; folder of a LoRA adapter.
+        trust_remote_code: Run the modelling code that a repository brings.
+
+    Raises:
+        FileNotFoundError: If it looks like a folder and is not there, or holds no model.
+        ValueError: If the weights are not safetensors.
+        OSError: If the hub does not have it or cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise FileNotFoundError(f"model={name!r} is not a folder. Give a folder, or a name on the hub.")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return Checkpoint(name, name, None, f"{name}@{getattr(config, '_commit_hash', None)}", _context(config))
+    adapter, base = None, str(folder)
+    if not (folder / "config.json").is_file():
+        adapter, base = str(folder), _base_model(folder)
+    _require_safetensors(folder, adapter is not None)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    fingerprint = _fingerprint(folder)
+    if adapter is not None and Path(base).is_dir():
+        _require_safetensors(Path(base), False)
+        fingerprint += _fingerprint(Path(base))
+    return Checkpoint(name, base, adapter, fingerprint, _context(config))
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer."""
+    return AutoTokenizer.from_pretrained(checkpoint.tokenizer_path, trust_remote_code=trust_remote_code)
+
+
+def _context(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _base_model(folder: Path) -> str:
+    if not (folder / ADAPTER_CONFIG).is_file():
+        checkpoints = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+        hint = f" Name one of its checkpoints: {', '.join(checkpoints)}." if checkpoints else ""
+        raise FileNotFoundError(f"model={str(folder)!r} has no config.json and no {ADAPTER_CONFIG}.{hint}")
+    return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def _require_safetensors(folder: Path, is_adapter: bool) -> None:
+    """Refuse weights that are pickled, as loading them runs whatever code is in them."""
+    safe = {path.name for path in folder.glob("*.safetensors")}
+    if (ADAPTER_WEIGHTS in safe) if is_adapter else (safe - {ADAPTER_WEIGHTS}):
+        return
+    pickled = sorted(path.name for path in folder.glob("*model*.bin"))
+    if not pickled:
+        raise FileNotFoundError(f"model={str(folder)!r} has no weights: no file that ends in .safetensors.")
+    raise ValueError(
+        f"model={str(folder)!r} has its weights only as {', '.join(pickled)}, and loading these can run code. If you "
+        "trust their source, load the model with transformers and write it out again with save_pretrained, which "
+        "makes safetensors."
+    )
+
+
+def _fingerprint(folder: Path) -> str:
+    """Digest of the names, sizes, and first and last MiB of a folder's weight files."""
+    digest = sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,169 @@
+"""ALFWorld (arXiv 2010.03768): household tasks in text, such as putting a clean mug into the coffee machine.
+
+The splits are ALFWorld's own and those of EPO (arXiv 2509.22576): training on `train`, IID evaluation on `valid_seen`
+(new tasks in rooms of the training), OOD evaluation on `valid_unseen` (new rooms). As in EPO's released code, every
+observation lists the admissible actions, an episode has 50 turns, and there is a reward at the end only.
+
+Needs the extra `alfworld` and its games: `alfworld-download` puts them into `$ALFWORLD_DATA`, by default
+`~/.cache/alfworld`. The games run in child processes, so that a crash of the engine costs no more than its episodes.
+"""
+
+import json
+import os
+import random
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from trl_entropy.tasks import Task
+from trl_entropy.tasks.multi_turn import EnvironmentCrash, MultiTurnRollout, Step, episode_reward, tagged_action
+from trl_entropy.tasks.simulators import EnvironmentProcess, SimulatorPool
+
+FOLDERS = {"train": "train", "dev": "valid_seen", "test": "valid_unseen"}
+"""Splits by the names that they have in ALFWorld's data."""
+GAME_FILE = "game.tw-pddl"
+ORDER_SEED = 0
+
+INSTRUCTIONS = """\
+You are in a room of a house and carry out a household task. In every turn, think briefly about what you see and what \
+to do next, then write one of the admissible actions between <action> and </action>."""
+
+
+def data_dir() -> Path:
+    """Folder of ALFWorld's games.
+
+    Raises:
+        FileNotFoundError: If they have not been downloaded.
+    """
+    root = Path(os.environ.get("ALFWORLD_DATA") or "~/.cache/alfworld").expanduser()
+    folder = root / "json_2.1.1"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"ALFWorld's games are not in {root}. Run alfworld-download, or set ALFWORLD_DATA to where they are."
+        )
+    return folder
+
+
+def load(split: str, size: int | None = None) -> Dataset:
+    """Episodes of a split, always the same ones in the same (shuffled) order.
+
+    Args:
+        split: `"train"`, `"dev"` (IID evaluation) or `"test"` (OOD evaluation).
+        size: Number of episodes to return, from the first; `None` for all that ALFWorld uses.
+
+    Returns:
+        Column `prompt`: chat messages, the last of which names the episode, the path of its game in `data_dir()`.
+
+    Raises:
+        ValueError: If the split is unknown, or `size` is not in 1..number of episodes.
+        FileNotFoundError: If the games have not been downloaded.
+    """
+    if split not in FOLDERS:
+        raise ValueError(f"split={split!r} is unknown. Choose one of {', '.join(FOLDERS)}.")
+    root = data_dir()
+    games = sorted((root / FOLDERS[split]).rglob(GAME_FILE))
+    names = [game.relative_to(root).as_posix() for game in games if _is_used(game)]
+    if not names:
+        raise FileNotFoundError(f"There is no game in {root / FOLDERS[split]}. Run alfworld-download -f.")
+    random.Random(ORDER_SEED).shuffle(names)
+    if size is not None and not 1 <= size <= len(names):
+        raise ValueError(f"size={size} is out of range. Set it to 1..{len(names)} or leave it out.")
+    prompts = [[{"role": "user", "content": INSTRUCTIONS, "episode": name}] for name in names[:size]]
+    return Dataset.from_dict({"prompt": prompts})
+
+
+def _is_used(game: Path) -> bool:
+    """ALFWorld's own choice: no movable receptacles, nothing sliced, and a solution is known."""
+    if "movable" in str(game.parent) or "Sliced" in str(game.parent):
+        return False
+    return bool(json.loads(game.read_text(encoding="utf-8")).get("solvable"))
+
+
+class AlfWorld:
+    """One game as an environment.
+
+    Args:
+        list_actions: Whether observations end with the admissible actions.
+    """
+
+    def __init__(self, list_actions: bool) -> None:
+        self._list_actions = list_actions
+        self._game: Any = None
+
+    def reset(self, episode: str) -> str:
+        import textworld
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+
+        self.close()
+        path = data_dir() / episode
+        if not path.is_file():
+            raise ValueError(f"The episode {episode!r} is not a game in {data_dir()}: see `load`.")
+        request = textworld.EnvInfos(feedback=True, won=True, admissible_commands=True)
+        try:
+            self._game = textworld.start(str(path), request, wrappers=[AlfredDemangler(shuffle=False)])
+            return self._observation(self._game.reset())
+        except Exception as error:
+            raise EnvironmentCrash(f"ALFWorld: {error!r}") from error
+
+    def step(self, action: str) -> Step:
+        try:
+            state, _, done = self._game.step(tagged_action(action).lower())
+            won = bool(state["won"])
+            return Step(self._observation(state), reward=float(won), done=bool(done) or won, success=won)
+        except Exception as error:
+            raise EnvironmentCrash(f"ALFWorld: {error!r}") from error
+
+    def close(self) -> None:
+        if self._game is not None:
+            self._game.close()
+            self._game = None
+
+    def _observation(self, state: Any) -> str:
+        if not self._list_actions:
+            return state["feedback"].strip()
+        actions = ", ".join(action for action in state["admissible_commands"] if action != "help")
+        return f"{state['feedback'].strip()}\n\nAdmissible actions: {actions}"
+
+
+def build_rollout(
+    max_turns: int = 50,
+    max_episode_tokens: int = 16384,
+    max_prompt_length: int = 2048,
+    list_actions: bool = True,
+    num_simulators: int = 4,
+    timeout: float = 120.0,
+) -> MultiTurnRollout:
+    """The trainer's `rollout_func`. `max_completion_length` of the trainer is the limit of one turn.
+
+    Args:
+        max_turns: Turns of an episode; arXiv 2509.22576 has 50.
+        max_episode_tokens: Tokens of all turns and observations of an episode.
+        max_prompt_length: Tokens of the prompt; 2048 in arXiv 2509.22576.
+        list_actions: Whether observations end with the admissible actions, as in the released code.
+        num_simulators: Child processes, which step at the same time.
+        timeout: Seconds after which a game counts as crashed.
+
+    Raises:
+        ImportError: If ALFWorld is not installed.
+        FileNotFoundError: If its games have not been downloaded.
+        ValueError: If a number is below 1.
+    """
+    if find_spec("alfworld") is None or find_spec("textworld") is None:
+        raise ImportError("ALFWorld needs pip install 'trl_entropy[alfworld]', and then alfworld-download.")
+    data_dir()
+    make = partial(AlfWorld, list_actions)
+    simulators = SimulatorPool(lambda: EnvironmentProcess(make, timeout), num_simulators)
+    return MultiTurnRollout(
+        lambda: simulators.next().environment(),
+        max_turns=max_turns,
+        max_episode_tokens=max_episode_tokens,
+        max_prompt_length=max_prompt_length,
+        num_workers=num_simulators,
+        close=simulators.close,
+    )
+
+
+TASK = Task(name="alfworld", load=load, reward_funcs=(episode_reward,), build_rollout=build_rollout)

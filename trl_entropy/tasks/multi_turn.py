@@ -1,0 +1,454 @@
+"""Episodes of several turns with a text environment, as TRL's `rollout_func`.
+
+One episode is one completion: the model's first turn, the observation that answers it, the second turn, and so on. The
+tokens of observations are in the completion with `env_mask` 0, so no loss, entropy or metric of TRL or of the controls
+sees them. An environment is anything with the methods of [`Environment`].
+"""
+
+import inspect
+import logging
+import re
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+Prompt: TypeAlias = str | list[dict[str, Any]]
+
+RESET_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an environment answers to an action.
+
+    Attributes:
+        observation: What the model reads before its next turn; not shown where the episode is `done`.
+        reward: Reward of this step. The episode's return is the sum over its steps.
+        done: Whether the environment has ended the episode.
+        success: Whether the task is solved.
+    """
+
+    observation: str
+    reward: float = 0.0
+    done: bool = False
+    success: bool = False
+
+
+class EnvironmentCrash(RuntimeError):
+    """The simulator behind an environment died or hangs: the episode says nothing about the policy."""
+
+
+class Environment(Protocol):
+    """A text environment that plays one episode at a time.
+
+    `reset` and `step` raise [`EnvironmentCrash`] when the simulator fails; the environment is then closed, and a new
+    one takes its place. Any other exception is an error of the program and ends the training.
+    """
+
+    def reset(self, episode: str) -> str:
+        """Start the episode of that name, for example `"boil/3"`, and return its first observation."""
+        ...
+
+    def step(self, action: str) -> Step:
+        """Carry out what the model wrote in one turn, special tokens removed; any text must be accepted."""
+        ...
+
+    def close(self) -> None:
+        """Free what the environment holds; a second call does nothing."""
+        ...
+
+
+class EnvironmentPool:
+    """Environments that are made when first needed and used again for episode after episode.
+
+    Args:
+        make: Makes an environment.
+        num_workers: Number of environments that are stepped at the same time, each in a thread.
+        close: Called after the environments are closed, for what they share.
+    """
+
+    def __init__(
+        self, make: Callable[[], Environment], *, num_workers: int = 1, close: Callable[[], None] | None = None
+    ) -> None:
+        self._make = make
+        self._close = close
+        self._num_workers = num_workers
+        self._environments: dict[int, Environment] = {}
+
+    def reset(self, episodes: Sequence[str]) -> list[str]:
+        """Start each episode in the slot of its index; returns the first observations.
+
+        A crash here costs nothing, as no turn has been played: it is tried again with a new environment.
+
+        Raises:
+            RuntimeError: If an episode's environment crashed `RESET_ATTEMPTS` times.
+        """
+        return self._map(self._reset, list(enumerate(episodes)))
+
+    def step(self, actions: dict[int, str]) -> list[Step | None]:
+        """Carry out one action for each slot; `None` where the environment crashed."""
+        return self._map(self._step, list(actions.items()))
+
+    def close(self) -> None:
+        """Close every environment and what they share."""
+        for slot in list(self._environments):
+            self._drop(slot)
+        if self._close is not None:
+            self._close()
+
+    def _map(self, function: Callable[[tuple[int, str]], Any], items: list[tuple[int, str]]) -> list[Any]:
+        if self._num_workers == 1:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(self._num_workers) as executor:
+            return list(executor.map(function, items))
+
+    def _reset(self, item: tuple[int, str]) -> str:
+        slot, episode = item
+        for attempt in range(1, RESET_ATTEMPTS + 1):
+            try:
+                if slot not in self._environments:
+                    self._environments[slot] = self._make()
+                return self._environments[slot].reset(episode)
+            except EnvironmentCrash as error:
+                self._drop(slot)
+                logger.warning("The environment crashed at the start of episode %r: %s", episode, error)
+                if attempt == RESET_ATTEMPTS:
+                    raise RuntimeError(
+                        f"The environment of episode {episode!r} crashed {RESET_ATTEMPTS} times at its start "
+                        f"({error}). Correct its installation, memory or timeout."
+                    ) from error
+        raise AssertionError("unreachable")
+
+    def _step(self, item: tuple[int, str]) -> Step | None:
+        slot, action = item
+        try:
+            return self._environments[slot].step(action)
+        except EnvironmentCrash as error:
+            self._drop(slot)
+            logger.warning("An environment crashed, its episode is discarded: %s", error)
+            return None
+
+    def _drop(self, slot: int) -> None:
+        environment = self._environments.pop(slot, None)
+        if environment is not None:
+            try:
+                environment.close()
+            except EnvironmentCrash as error:
+                logger.debug("Closing a crashed environment: %s", error)
+
+
+@dataclass
+class _Episode:
+    """One row of the rollout while it is played."""
+
+    slot: int
+    prompt_ids: list[int]
+    completion_ids: list[int] = field(default_factory=list)
+    env_mask: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    num_turns: int = 0
+    episode_return: float | None = 0.0
+    success: bool | None = False
+    done: bool = False
+
+    def add(self, ids: Sequence[int], logprobs: Sequence[float | None] | None = None, *, from_model: bool) -> None:
+        self.completion_ids += ids
+        self.env_mask += [int(from_model)] * len(ids)
+        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
+
+    def discard(self) -> None:
+        """End the episode so that neither its reward nor its tokens count."""
+        self.env_mask = [0] * len(self.env_mask)
+        self.episode_return = self.success = None
+        self.done = True
+
+
+class MultiTurnRollout:
+    """`rollout_func` for [`EntropyGRPOTrainer`] and `trl.GRPOTrainer` that plays episodes in an environment.
+
+    A row's `prompt` names its episode: it is either text, the name itself, or chat messages whose last one has the
+    name under the key `"episode"`. All completions of a prompt thus start in the same state. The model reads the first
+    observation as its prompt (in a chat, after the last message's content), and each later one as text after its turn
+    (in a chat, as a user message). A turn ends at the end-of-sequence token or after `max_completion_length` tokens.
+
+    An episode ends when the environment says so, after `max_turns` turns, or when its completion has
+    `max_episode_tokens` tokens; the environment never sees a turn that was cut for that last reason. An episode whose
+    environment crashed is discarded: its reward is `None`, which TRL leaves out of the group's baseline, and all its
+    tokens are masked.
+
+    Beside what TRL needs, the output has for each row `episode_return` (float; `None` where discarded), `success`
+    (bool; `None` where discarded) and `episode_turns` (int). They become arguments of the reward functions, such as
+    [`episode_reward`].
+
+    Use it as a context manager, or call `close()`; what is left open is closed when the program ends.
+
+    Args:
+        make_environment: Makes an environment; there is one for each row of a process's batch.
+        max_turns: Turns of the model in an episode, at least 1.
+        max_episode_tokens: Tokens of a completion, observations included, at least 1.
+        max_prompt_length: Tokens of a prompt, at least 1; of a longer one the last are kept. `None` for no limit.
+        num_workers: Environments stepped at the same time, at least 1.
+        close: Called after the environments are closed, for what they share.
+
+    Raises:
+        ValueError: If one of the numbers is below 1.
+    """
+
+    def __init__(
+        self,
+        make_environment: Callable[[], Environment],
+        *,
+        max_turns: int,
+        max_episode_tokens: int,
+        max_prompt_length: int | None = None,
+        num_workers: int = 1,
+        close: Callable[[], None] | None = None,
+    ) -> None:
+        limits = {
+            "max_turns": max_turns,
+            "max_episode_tokens": max_episode_tokens,
+            "max_prompt_length": 1 if max_prompt_length is None else max_prompt_length,
+            "num_workers": num_workers,
+        }
+        for name, value in limits.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        self.max_turns = max_turns
+        self.max_episode_tokens = max_episode_tokens
+        self.max_prompt_length = max_prompt_length
+        self.pool = EnvironmentPool(make_environment, num_workers=num_workers, close=close)
+        self._finalizer = weakref.finalize(self, self.pool.close)
+
+    def __enter__(self) -> "MultiTurnRollout":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the environments. A later call of the rollout makes new ones."""
+        self.pool.close()
+
+    def __call__(self, prompts: list[Prompt], trainer: Any) -> dict[str, Any]:
+        """Play one episode per prompt.
+
+        Args:
+            prompts: Of this process, each repeated once per completion.
+            trainer: The `trl.GRPOTrainer` that generates.
+
+        Returns:
+            Lists with one entry per prompt under the keys `prompt_ids`, `completion_ids`, `logprobs` (`None` without
+            vLLM), `env_mask`, `episode_return`, `success` and `episode_turns`.
+
+        Raises:
+            ValueError: If a prompt does not name its episode, or the turns cannot be told apart.
+            RuntimeError: If an environment cannot be started.
+        """
+        text = _Text(trainer, in_chat=not isinstance(prompts[0], str))
+        observations = self.pool.reset([_episode_name(prompt) for prompt in prompts])
+        episodes = [
+            _Episode(slot, self._limited(text.prompt(prompt, observation)))
+            for slot, (prompt, observation) in enumerate(zip(prompts, observations, strict=True))
+        ]
+        has_logprobs = False
+        while num_prompts := _most_on_any_process(sum(not episode.done for episode in episodes), trainer):
+            live = [episode for episode in episodes if not episode.done]
+            turns, logprobs = _generate(live, num_prompts, trainer, filler=[text.eos_token_id])
+            has_logprobs = has_logprobs or logprobs is not None
+            self._play_turn(live, turns, logprobs, text)
+        return {
+            "prompt_ids": [episode.prompt_ids for episode in episodes],
+            "completion_ids": [episode.completion_ids for episode in episodes],
+            "logprobs": [episode.logprobs for episode in episodes] if has_logprobs else None,
+            "env_mask": [episode.env_mask for episode in episodes],
+            "episode_return": [episode.episode_return for episode in episodes],
+            "success": [episode.success for episode in episodes],
+            "episode_turns": [episode.num_turns for episode in episodes],
+        }
+
+    def _limited(self, prompt_ids: list[int]) -> list[int]:
+        return prompt_ids if self.max_prompt_length is None else prompt_ids[-self.max_prompt_length :]
+
+    def _play_turn(
+        self,
+        live: list[_Episode],
+        turns: list[list[int]],
+        logprobs: list[list[float | None]] | None,
+        text: "_Text",
+    ) -> None:
+        """Add one turn of the model to each live episode, and what the environment answers."""
+        actions = {}
+        for row, (episode, turn) in enumerate(zip(live, turns, strict=True)):
+            room = self.max_episode_tokens - len(episode.completion_ids)
+            episode.add(turn[:room], None if logprobs is None else logprobs[row][:room], from_model=True)
+            episode.num_turns += 1
+            episode.done = len(turn) > room
+            if not episode.done:
+                actions[episode.slot] = text.action(turn)
+        steps = dict(zip(actions, self.pool.step(actions), strict=True))
+        for episode in live:
+            if episode.slot in steps:
+                self._add_step(episode, steps[episode.slot], text)
+
+    def _add_step(self, episode: _Episode, step: Step | None, text: "_Text") -> None:
+        if step is None:
+            episode.discard()
+            return
+        assert episode.episode_return is not None
+        episode.episode_return += step.reward
+        episode.success = step.success
+        ended = episode.completion_ids[-1] in text.eos_token_ids
+        room = self.max_episode_tokens - len(episode.completion_ids)
+        if step.done or episode.num_turns == self.max_turns:
+            episode.done = True
+            # TRL takes a completion without an end-of-sequence token for one that was cut
+            answer = [] if ended else [text.eos_token_id][:room]
+        else:
+            answer = text.observation(step.observation, after_eos=ended)
+            if len(answer) >= room:  # no token left for another turn
+                episode.done, answer = True, []
+        episode.add(answer, from_model=False)
+
+
+def episode_reward(
+    prompts: list[Any],
+    completions: list[Any],
+    episode_return: list[float | None] | None = None,
+    success: list[bool | None] | None = None,
+    episode_turns: list[int] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **columns: object,
+) -> list[float | None]:
+    """The episode's return, `None` where it was discarded; logs how the episodes of this process went.
+
+    Logged: `episode/success_rate` and `episode/turns` (means over the episodes that count) and
+    `episode/discarded_fraction`.
+
+    Raises:
+        ValueError: If the completions are not episodes of [`MultiTurnRollout`].
+    """
+    if episode_return is None or success is None or episode_turns is None:
+        raise ValueError("episode_reward needs episodes: give the trainer the task's rollout as rollout_func.")
+    kept = [row for row, value in enumerate(episode_return) if value is not None]
+    if log_metric is not None:
+        log_metric("episode/discarded_fraction", 1.0 - len(kept) / len(episode_return))
+        if kept:
+            log_metric("episode/success_rate", sum(bool(success[row]) for row in kept) / len(kept))
+            log_metric("episode/turns", sum(episode_turns[row] for row in kept) / len(kept))
+    return episode_return
+
+
+def tagged_action(turn: str) -> str:
+    """The action in what the model wrote: the last text between `<action>` and `</action>`, else its last line."""
+    if tagged := re.findall(r"<action>(.*?)</action>", turn, re.DOTALL):
+        return " ".join(tagged[-1].split())
+    return (turn.strip().splitlines() or [""])[-1].strip()
+
+
+class _Text:
+    """Between text and tokens: with the tokenizer's chat template for chat prompts, plainly for text prompts."""
+
+    def __init__(self, trainer: Any, *, in_chat: bool) -> None:
+        self._tokenizer = trainer._tokenizer
+        self._template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
+        self._in_chat = in_chat
+        self.eos_token_id: int = self._tokenizer.eos_token_id
+        # TRL 1.12 ends a turn at the tokenizer's token only
+        self.eos_token_ids: set[int] = {self.eos_token_id, *getattr(trainer, "eos_token_ids", ())}
+
+    def prompt(self, prompt: Prompt, observation: str) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self._tokenizer(observation)["input_ids"])
+        last = {"role": prompt[-1]["role"], "content": "\n\n".join(filter(None, (prompt[-1]["content"], observation)))}
+        return self._chat([*prompt[:-1], last], add_generation_prompt=True)
+
+    def observation(self, observation: str, *, after_eos: bool) -> list[int]:
+        """Tokens between the model's turn and its next; `after_eos` says whether the turn ended as it should."""
+        if not self._in_chat:
+            ids = list(self._tokenizer(observation, add_special_tokens=False)["input_ids"])
+            if not ids:
+                raise ValueError(
+                    f"The observation {observation!r} has no tokens, so the turns before and after it would be one. "
+                    "Let the environment answer with text that the tokenizer knows."
+                )
+            return ids
+        turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        before = self._chat(turn)
+        ids = self._chat([*turn, {"role": "user", "content": observation}], add_generation_prompt=True)
+        # The template may write a line break after the end of a turn, which belongs to what follows
+        ends = [position for position, token in enumerate(before, 1) if token in self.eos_token_ids]
+        end = ends[-1] if ends else len(before)
+        if ids[:end] != before[:end]:
+            raise ValueError(
+                "The chat template writes a turn differently once another follows, so turns cannot be appended token "
+                "by token. Set chat_template_path to a template that leaves earlier turns alone."
+            )
+        return ids[end:] if after_eos else ids[end - len(ends[-1:]) :]
+
+    def action(self, turn: list[int]) -> str:
+        return self._tokenizer.decode(turn, skip_special_tokens=True)
+
+    def _chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
+        return list(
+            self._tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+                **self._template,
+            )
+        )
+
+
+def _episode_name(prompt: Prompt) -> str:
+    name = prompt if isinstance(prompt, str) else prompt[-1].get("episode")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"The prompt {prompt!r} does not name its episode. Give its last message the key 'episode', or make the "
+            "prompt the name itself."
+        )
+    return name
+
+
+def _most_on_any_process(num_live: int, trainer: Any) -> int:
+    """The largest number of live episodes of a process: generation is collective, so all ask for that many turns."""
+    if trainer.accelerator.num_processes == 1:
+        return num_live
+    counts = trainer.accelerator.gather(torch.tensor([num_live], device=trainer.accelerator.device))
+    return int(counts.max())
+
+
+def _generate(
+    live: list[_Episode], num_prompts: int, trainer: Any, filler: list[int]
+) -> tuple[list[list[int]], list[list[float | None]] | None]:
+    """One turn for each live episode and, with vLLM, its log-probs; fillers make the batch `num_prompts` long."""
+    prompts = [episode.prompt_ids + episode.completion_ids for episode in live]
+    prompts += [filler] * (num_prompts - len(live))
+    generate = trainer._generate_single_turn
+    if "num_generations" in inspect.signature(generate).parameters:
+        turns, logprobs = generate(prompts, None, {}, num_generations=1)
+    else:
+        with _one_generation_per_prompt(trainer):
+            turns, logprobs = generate(prompts, None, {})
+    turns = [list(turn) for turn in turns[: len(live)]]
+    return turns, None if logprobs is None else [list(row) for row in logprobs[: len(live)]]
+
+
+@contextmanager
+def _one_generation_per_prompt(trainer: Any) -> Iterator[None]:
+    """Keep an older TRL from asking a vLLM server for every `num_generations`-th prompt only."""
+    saved = {name: getattr(trainer, name) for name in ("num_generations", "num_generations_eval")}
+    try:
+        for name in saved:
+            setattr(trainer, name, 1)
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(trainer, name, value)
