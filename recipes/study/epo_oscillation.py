@@ -5,8 +5,8 @@ Run from the repository, with the extra `plots`:
     python recipes/study/epo_oscillation.py
 
 Seeds 0 to 4; each seed's policy, data order and sampling seed are the same in every arm. About 15 minutes of one
-core. Results are kept run by run in `epo_oscillation.json` beside this file, so a second call continues where the first
-one stopped; `--report` only draws the figure and writes the tables of `epo_oscillation.md` again.
+core. Results are kept run by run in `epo_oscillation.json` beside this file, so a second call continues where the
+first one stopped; `--report` only draws the figure and writes the tables of `epo_oscillation.md` again.
 
 The setting is that of `recipes/epo-corridor.yaml`. Oscillation is what arXiv 2509.22576 looks at: the standard
 deviation, from RL step 10 on, of the change of mean token entropy from one RL step to the next. Entropies are those of
