@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
+from trl_entropy.commands import checkpoints
 from trl_entropy.commands.checkpoints import find_checkpoint, load_tokenizer
 
 
@@ -41,7 +42,8 @@ def test_an_adapters_folder(model: Path, adapter: Path) -> None:
     assert found.tokenizer_path == str(adapter)
 
 
-def test_other_weights_another_fingerprint(model: Path, adapter: Path) -> None:
+def test_other_weights_another_fingerprint(model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "FINGERPRINT_BYTES", 64)
     before = find_checkpoint(str(model)).fingerprint, find_checkpoint(str(adapter)).fingerprint
     weights = model / "model.safetensors"
     content = bytearray(weights.read_bytes())

@@ -20,7 +20,11 @@ from trl_entropy.commands.evaluate import EvaluateArguments, main, parse
 
 NUM_PROBLEMS = 6
 REWARD = """
+import os
+import time
+
 def odd(completions, **columns):
+    time.sleep(float(os.environ.get("PAUSE", "0")))
     texts = [completion[0]["content"] for completion in completions]
     return [float(ord(text[0]) % 2) if text else 0.0 for text in texts]
 
@@ -87,7 +91,8 @@ def test_results_of_a_model_and_its_adapter(
         assert results[model]["pass"]["4"]["value"] == pytest.approx(sum(c > 0 for c in correct) / NUM_PROBLEMS)
         for record in records.values():
             assert record["reward"] == float(ord((record["completion"] or "\0")[0]) % 2)
-            assert record["truncated"] == (record["num_tokens"] == 20)
+            # the twentieth token may be the end-of-sequence token
+            assert record["num_tokens"] == 20 or not record["truncated"]
     assert samples(model="lora") != samples()
     difference = results["lora"]["avg"]["value"] - results["m"]["avg"]["value"]
     assert results["lora"]["difference"]["value"] == pytest.approx(difference)
@@ -101,10 +106,11 @@ def test_killed_and_run_again_it_ends_like_an_uninterrupted_run(workplace: Path,
     expected = run(*arguments, out="whole")
     all_seeds, path = list(drawn), Path("out", "samples", "m", "rows.jsonl")
     drawn.clear()
-    environment = {**os.environ, "PYTHONPATH": str(Path(trl_entropy.__file__).parents[1])}
+    # the pause gives the time to kill it
+    environment = {**os.environ, "PYTHONPATH": str(Path(trl_entropy.__file__).parents[1]), "PAUSE": "0.3"}
     words = ["--model", "m", "--output_dir", "out", *SETTINGS, *arguments]
     with subprocess.Popen([sys.executable, "-m", "trl_entropy.commands.evaluate", *words], env=environment) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (path.exists() and path.read_bytes().count(b"\n") > 4):
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline

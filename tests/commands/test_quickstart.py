@@ -16,7 +16,7 @@ from trl_entropy.telemetry import figures
 
 pytest.importorskip("matplotlib")
 
-ARMS = ["ppo-clip", "ce-gppo+erc"]
+ARMS = ["ppo-clip", "ce-gppo+erc", "asyppo"]
 
 
 def digit_reward(completions: list[str], **columns: object) -> list[float | None]:
@@ -85,7 +85,8 @@ def test_results_hold_every_arm_with_its_settings(finished: Path) -> None:
 def test_arms_train_from_one_start_with_their_own_control(finished: Path) -> None:
     start, *trained = (load_file(finished / name / "model.safetensors") for name in ("policy", *ARMS))
     assert all(not all(torch.equal(weights[key], start[key]) for key in start) for weights in trained)
-    first, second = (log_history(finished / arm) for arm in ARMS)
+    first, second, third = (log_history(finished / arm) for arm in ARMS)
+    assert any("asyppo/explained_variance" in entry for entry in third)
     assert first[0]["reward"] == second[0]["reward"]  # the first rollout is the same policy's, with the same seed
     assert not any(key.startswith("erc/") for entry in first for key in entry)
     assert all({"erc/clip_fraction", "ce_gppo/low_fraction"} <= set(entry) for entry in second[:2])
@@ -126,7 +127,7 @@ def test_finished_arms_are_kept_and_others_trained(
 
     monkeypatch.setattr(quickstart, "_train_arm", train_arm)
     assert run(finished, ARMS) == results
-    assert capsys.readouterr().out.count("Kept from an earlier run") == 3  # the policy and two arms
+    assert capsys.readouterr().out.count("Kept from an earlier run") == 4  # the policy and three arms
     for arms, more in ((["ppo-clip", "erc"], []), (ARMS, ["--steps", "3"])):
         with pytest.raises(KeyboardInterrupt):
             run(finished, arms, *more)
@@ -149,6 +150,7 @@ def test_output_is_a_bar_an_arm_and_a_table(
     assert {line.split(":")[0].strip() for line in bars} <= {"", "warm-up", "erc"}
     assert "2/2" in captured.err
     assert "entropy=" in captured.err
+    assert "{" not in captured.out  # the log entries, which transformers would print
     *_, table, last = captured.out.strip().splitlines()
     assert table.startswith("erc ")
     assert last == f"Report: {tmp_path / 'report.html'}"
@@ -158,16 +160,20 @@ def test_every_arm_is_a_valid_config_with_eight_updates_a_rollout() -> None:
     recipe = yaml.safe_load(recipe_path("quickstart").read_text(encoding="utf-8"))
     for arm in quickstart.ARMS.values():
         settings: dict[str, Any] = {**quickstart._config_fields(recipe), **arm}
-        config = quickstart.EntropyGRPOConfig(output_dir="unused", **settings)
+        config_class = quickstart.AsyPPOConfig if "num_critics" in arm else quickstart.EntropyGRPOConfig
+        config = config_class(output_dir="unused", **settings)
         assert config.steps_per_generation * config.num_iterations // config.gradient_accumulation_steps == 8
         assert config.max_steps % 8 == 0
-    assert list(quickstart.ARMS) == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc"]
+    assert list(quickstart.ARMS) == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc", "asyppo"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arms", "erc,dapo"], "--arms: 'dapo' is unknown. Choose from ppo-clip, erc, ce-gppo, ce-gppo+erc."),
+        (
+            ["--arms", "erc,dapo"],
+            "--arms: 'dapo' is unknown. Choose from ppo-clip, erc, ce-gppo, ce-gppo+erc, asyppo.",
+        ),
         (["--steps", "0"], "--steps: 0 must be at least 1."),
         (["--seed", "-1"], "--seed: -1 must be in 0..2**32 - 1."),
     ],

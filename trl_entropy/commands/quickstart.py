@@ -25,20 +25,29 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
 
-from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer, __version__
+from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer, __version__
 from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import Task, get_task
 from trl_entropy.telemetry.figures import require_plots
 from trl_entropy.telemetry.report import write_report
 from trl_entropy.telemetry.runs import RESULT_FILE, RESULTS_FILE
 
-ARMS: dict[str, dict[str, float]] = {
+ARMS: dict[str, dict[str, Any]] = {
     "ppo-clip": {},
     "erc": {"erc_low": 0.95, "erc_high": 1.05},
     "ce-gppo": {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0},
     "ce-gppo+erc": {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "erc_low": 0.95, "erc_high": 1.05},
+    # two critics that start from the policy's weights, as the recipe asyppo-arithmetic has them
+    "asyppo": {
+        "num_critics": 2,
+        "critic_learning_rate": 1e-3,
+        "critic_warmup_rollouts": 2,
+        "advantage_mask_fraction": 0.2,
+        "entropy_filter_fraction": 0.2,
+        "entropy_coef": 0.001,
+    },
 }
-"""The arms: what each sets beside the recipe `quickstart`."""
+"""The arms: what each sets beside the recipe `quickstart`; the one that sets `num_critics` has AsyPPO's trainer."""
 
 # A fixed number, because sums in another order round differently and results must not depend on the environment. One,
 # because so small a network gains little from more, and loses much when they wait for each other on a busy machine.
@@ -128,13 +137,17 @@ def _train_arm(name: str, task: Task, policy: str, folder: Path, settings: dict[
     with warnings.catch_warnings():
         # TRL's own defaults use a name that transformers has renamed.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-        trainer = EntropyGRPOTrainer(
-            model=policy,
-            reward_funcs=list(task.reward_funcs),
-            args=EntropyGRPOConfig(output_dir=str(folder), **settings),
-            train_dataset=task.load("train"),
-            callbacks=[_Progress(name)],
-        )
+        arguments = {
+            "model": policy,
+            "reward_funcs": list(task.reward_funcs),
+            "train_dataset": task.load("train"),
+            "callbacks": [_Progress(name)],
+        }
+        if "num_critics" in settings:
+            config = AsyPPOConfig(output_dir=str(folder), **settings)
+            trainer: EntropyGRPOTrainer = AsyPPOTrainer(args=config, critics=policy, **arguments)
+        else:
+            trainer = EntropyGRPOTrainer(args=EntropyGRPOConfig(output_dir=str(folder), **settings), **arguments)
         for printer in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(printer)
         before = _evaluate(trainer, task, problems, "before")
