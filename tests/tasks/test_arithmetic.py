@@ -115,6 +115,7 @@ def test_warm_up_reaches_its_accuracy_and_the_seed_fixes_the_weights(
 
 
 def test_policy_leaves_the_random_state_of_the_caller(no_warm_up: None, tmp_path: Path) -> None:
+    torch.manual_seed(123)
     state = torch.get_rng_state()
     arithmetic.build_policy(str(tmp_path), 0)
     assert torch.equal(torch.get_rng_state(), state)

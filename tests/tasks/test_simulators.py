@@ -1,101 +1,103 @@
-"""Simulator processes: dealt in turn, started again when dead, crashes told apart from errors."""
+"""Simulator processes: dealt in turn, started again when dead, and their failures told apart."""
 
-import os
-import time
+import sys
 
 import pytest
 
 from trl_entropy.tasks.multi_turn import EnvironmentCrash, EnvironmentPool, Step
-from trl_entropy.tasks.simulators import EnvironmentProcess, SimulatorPool
+from trl_entropy.tasks.simulators import ChildProcess, SimulatorPool
+
+ECHO = """
+import json, os, sys, time
+for number, line in enumerate(sys.stdin):
+    request = json.loads(line)
+    if request["say"] == "die":
+        os._exit(3)
+    if request["say"] == "hang":
+        time.sleep(60)
+    if request["say"] == "fail":
+        request = {"error": "on request"}
+    print("no JSON" if request.get("say") == "garbage" else json.dumps({**request, "number": number}), flush=True)
+"""
+
+
+@pytest.fixture
+def start():
+    """Start an echo process; all are ended afterwards."""
+    started = []
+
+    def start():
+        started.append(ChildProcess([sys.executable, "-c", ECHO], timeout=60.0))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.close()
+        assert not process.alive
+
+
+def test_answers_belong_to_their_requests(start):
+    process = start()
+    assert [process.call({"say": text}) for text in ("a", "é\n")] == [
+        {"say": "a", "number": 0},
+        {"say": "é\n", "number": 1},
+    ]
+
+
+def test_error_leaves_the_process_alive(start):
+    process = start()
+    with pytest.raises(EnvironmentCrash, match="on request"):
+        process.call({"say": "fail"})
+    assert process.call({"say": "a"})["number"] == 1
+
+
+@pytest.mark.parametrize(
+    ("say", "message"),
+    [("die", "it ended with exit code 3"), ("hang", r"no answer in 0\.3 s"), ("garbage", "Expecting value")],
+)
+def test_failure_ends_the_process(start, say, message):
+    process = start()
+    process.call({"say": "a"})
+    process._timeout = 0.3 if say == "hang" else 60.0
+    with pytest.raises(EnvironmentCrash, match=message):
+        process.call({"say": say})
+    process._process.wait(timeout=60.0)
+    with pytest.raises(EnvironmentCrash, match="the simulator process failed"):
+        process.call({"say": "a"})
+
+
+def test_closing_twice_does_nothing(start):
+    process = start()
+    process.close()
+    process.close()
 
 
 class Echo:
-    """Answers with the action, its own process and the number of the step; obeys `die`, `hang`, `crash`, `fail`."""
+    def __init__(self, process):
+        self.process = process
 
     def reset(self, episode):
-        self.steps = 0
-        return f"{episode} in {os.getpid()}"
+        return str(self.process.call({"say": episode})["number"])
 
     def step(self, action):
-        self.steps += 1
-        if action == "die":
-            os._exit(3)
-        if action == "hang":
-            time.sleep(60.0)
-        if action == "crash":
-            raise EnvironmentCrash("of its own")
-        if action == "fail":
-            raise KeyError("a mistake")
-        return Step(f"{action} {self.steps}", reward=0.5)
+        return Step(self.process.call({"say": action})["say"])
 
     def close(self):
         pass
 
 
-@pytest.fixture
-def process():
-    process = EnvironmentProcess(Echo, timeout=60.0)
-    yield process
-    process.close()
-
-
-def test_environments_of_a_process_are_apart(process):
-    one, two = process.environment(), process.environment()
-    pid = one.reset("a").split()[-1]
-    assert pid != str(os.getpid())
-    assert two.reset("b") == f"b in {pid}"
-    assert one.step("x") == Step("x 1", reward=0.5)
-    assert one.step("x").observation == "x 2"
-    assert two.step("y").observation == "y 1"
-    one.close()
-    assert two.step("y").observation == "y 2"
-
-
-def test_crash_and_error_come_back_as_themselves(process):
-    environment = process.environment()
-    environment.reset("a")
-    with pytest.raises(EnvironmentCrash, match="of its own"):
-        environment.step("crash")
-    with pytest.raises(KeyError, match="a mistake"):
-        environment.step("fail")
-    assert environment.step("x").observation == "x 3"
-
-
-def test_dead_process_is_a_crash_for_all_it_hosts_and_is_replaced():
-    simulators = SimulatorPool(lambda: EnvironmentProcess(Echo, timeout=60.0), 1)
-    pool = EnvironmentPool(lambda: simulators.next().environment(), close=simulators.close)
-    first = {text.split()[-1] for text in pool.reset(["a", "b"])}
-    assert pool.step({0: "x", 1: "die"}) == [Step("x 1", reward=0.5), None]
+def test_environments_of_a_dead_process_move_to_a_new_one(start):
+    simulators = SimulatorPool(start, 1)
+    pool = EnvironmentPool(lambda: Echo(simulators.next()), close=simulators.close)
+    assert pool.reset(["a", "b", "c"]) == ["0", "1", "2"]
+    assert pool.step({0: "x", 1: "die"}) == [Step("x"), None]
     assert pool.step({0: "x"}) == [None]
-    second = {text.split()[-1] for text in pool.reset(["a", "b"])}
-    assert len(first) == len(second) == 1
-    assert first != second
+    # slot 2 was not stepped and still holds an environment of the dead process: its new one is no second process
+    assert pool.reset(["a", "b", "c"]) == ["0", "1", "2"]
+    assert pool.step({0: "x", 1: "y", 2: "z"}) == [Step("x"), Step("y"), Step("z")]
     simulator = simulators.next()
     pool.close()
     assert not simulator.alive
-
-
-def test_idle_environment_of_a_dead_process_starts_again():
-    simulators = SimulatorPool(lambda: EnvironmentProcess(Echo, timeout=60.0), 1)
-    pool = EnvironmentPool(lambda: simulators.next().environment(), close=simulators.close)
-    pool.reset(["a", "b"])
-    assert pool.step({1: "die"}) == [None]
-    # slot 0 was not stepped, so it still holds an environment of the dead process
-    assert len({text.split()[-1] for text in pool.reset(["a", "b"])}) == 1
-    assert pool.step({0: "x", 1: "x"}) == [Step("x 1", reward=0.5)] * 2
-    pool.close()
-
-
-def test_silence_is_a_crash(process):
-    environment = process.environment()
-    environment.reset("a")
-    process._timeout = 0.2
-    with pytest.raises(EnvironmentCrash, match=r"no answer to step in 0\.2 s"):
-        environment.step("hang")
-    with pytest.raises(EnvironmentCrash, match="died"):
-        environment.step("x")
-    process.close()
-    assert not process.alive
 
 
 class Counted:

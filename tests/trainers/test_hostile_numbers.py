@@ -153,7 +153,8 @@ def test_a_group_without_variance_has_no_policy_gradient(build: Callable[..., An
     trainer = build(s)
     for size in (0.0, 1.0, 100.0, 1000.0):
         b = hostile_batch(size, entropy=(0.5,) * 3, entropy_old=(0.5,) * 3)
-        b = replace(b, advantages=torch.zeros_like(b.advantages), rewards=torch.zeros_like(b.advantages))
+        zeros = torch.zeros_like(b.advantages)
+        b = replace(b, advantages=zeros, rewards=zeros, num_correct_tokens=0.0)
         loss, (found, _) = trainer_gradients(trainer, b, trainer_inputs(b, b.mask))
         assert loss == 0.0
         assert torch.equal(found, torch.zeros_like(found))

@@ -27,7 +27,7 @@ ALL_CONTROLS = {
     "entropy_coef": 0.01,
     "eps_lo": 0.2,
     "eps_hi": 0.28,
-    "max_completion_length": 8,
+    "max_completion_length": 12,
     "accumulation": 2,
     "micro_batches_per_rollout": 4,
 }
@@ -60,6 +60,7 @@ class Observer:
         self.entropy_errors: list[float] = []
         self.gradient_errors: list[float] = []
         self.fates: dict[str, int] = {}
+        self.short_correct_completions = 0.0
         trainer.compute_loss = self
 
     def __call__(self, model: torch.nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
@@ -76,6 +77,8 @@ class Observer:
         errors = [(got - want).norm().item() / scale for got, want in zip(found, expected, strict=True)]
         self.gradient_errors.append(max(errors))
         self.count_fates(b)
+        short = (b.mask == 0).any(1)
+        self.short_correct_completions += (short & (self.rewards(inputs) >= 1.0)).sum().item()
         return loss
 
     @staticmethod
@@ -145,6 +148,7 @@ def test_every_step_of_one_rollout(make_trainer: Callable[..., Any], level: str,
     assert max(observer.entropy_errors) < 3e-5, observer.entropy_errors
     assert max(observer.gradient_errors) < 1e-4, observer.gradient_errors
     assert len(observer.fates) == 6, observer.fates  # low, high and inside, each gated or not
+    assert observer.short_correct_completions > 0  # otherwise padding could count as correct tokens
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])

@@ -8,10 +8,11 @@ Needs the extra `alfworld` and its games: `alfworld-download` puts them into `$A
 `~/.cache/alfworld`. The games run in child processes, so that a crash of the engine costs no more than its episodes.
 """
 
+import itertools
 import json
 import os
 import random
-from functools import partial
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from typing import Any
 from datasets import Dataset
 
 from trl_entropy.tasks import Task
-from trl_entropy.tasks.multi_turn import EnvironmentCrash, MultiTurnRollout, Step, episode_reward, tagged_action
-from trl_entropy.tasks.simulators import EnvironmentProcess, SimulatorPool
+from trl_entropy.tasks.multi_turn import MultiTurnRollout, Step, episode_reward, tagged_action
+from trl_entropy.tasks.simulators import ChildProcess, SimulatorPool
 
 FOLDERS = {"train": "train", "dev": "valid_seen", "test": "valid_unseen"}
 """Splits by the names that they have in ALFWorld's data."""
 GAME_FILE = "game.tw-pddl"
+SERVER = Path(__file__).with_name("alfworld_server.py")
 ORDER_SEED = 0
 
 INSTRUCTIONS = """\
@@ -86,46 +88,36 @@ class AlfWorld:
     """One game as an environment.
 
     Args:
+        process: Plays it; runs `SERVER`.
         list_actions: Whether observations end with the admissible actions.
     """
 
-    def __init__(self, list_actions: bool) -> None:
+    _numbers = itertools.count()
+
+    def __init__(self, process: ChildProcess, list_actions: bool) -> None:
+        self._process = process
         self._list_actions = list_actions
-        self._game: Any = None
+        self._game = next(self._numbers)
 
     def reset(self, episode: str) -> str:
-        import textworld
-        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-
-        self.close()
         path = data_dir() / episode
         if not path.is_file():
             raise ValueError(f"The episode {episode!r} is not a game in {data_dir()}: see `load`.")
-        request = textworld.EnvInfos(feedback=True, won=True, admissible_commands=True)
-        try:
-            self._game = textworld.start(str(path), request, wrappers=[AlfredDemangler(shuffle=False)])
-            return self._observation(self._game.reset())
-        except Exception as error:
-            raise EnvironmentCrash(f"ALFWorld: {error!r}") from error
+        return self._observation(self._process.call({"game": self._game, "path": str(path)}))
 
     def step(self, action: str) -> Step:
-        try:
-            state, _, done = self._game.step(tagged_action(action).lower())
-            won = bool(state["won"])
-            return Step(self._observation(state), reward=float(won), done=bool(done) or won, success=won)
-        except Exception as error:
-            raise EnvironmentCrash(f"ALFWorld: {error!r}") from error
+        state = self._process.call({"game": self._game, "action": tagged_action(action).lower()})
+        won = state["won"]
+        return Step(self._observation(state), reward=float(won), done=state["done"] or won, success=won)
 
     def close(self) -> None:
-        if self._game is not None:
-            self._game.close()
-            self._game = None
+        if self._process.alive:
+            self._process.call({"game": self._game})
 
-    def _observation(self, state: Any) -> str:
+    def _observation(self, state: dict[str, Any]) -> str:
         if not self._list_actions:
-            return state["feedback"].strip()
-        actions = ", ".join(action for action in state["admissible_commands"] if action != "help")
-        return f"{state['feedback'].strip()}\n\nAdmissible actions: {actions}"
+            return state["observation"]
+        return f"{state['observation']}\n\nAdmissible actions: {', '.join(state['actions'])}"
 
 
 def build_rollout(
@@ -154,10 +146,9 @@ def build_rollout(
     if find_spec("alfworld") is None or find_spec("textworld") is None:
         raise ImportError("ALFWorld needs pip install 'trl_entropy[alfworld]', and then alfworld-download.")
     data_dir()
-    make = partial(AlfWorld, list_actions)
-    simulators = SimulatorPool(lambda: EnvironmentProcess(make, timeout), num_simulators)
+    simulators = SimulatorPool(lambda: ChildProcess([sys.executable, str(SERVER)], timeout), num_simulators)
     return MultiTurnRollout(
-        lambda: simulators.next().environment(),
+        lambda: AlfWorld(simulators.next(), list_actions),
         max_turns=max_turns,
         max_episode_tokens=max_episode_tokens,
         max_prompt_length=max_prompt_length,

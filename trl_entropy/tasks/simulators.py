@@ -1,13 +1,14 @@
 """Simulator processes behind environments: shared by many environments, started again when one has died."""
 
 import itertools
-import multiprocessing
+import json
+import select
+import subprocess
 import threading
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from trl_entropy.tasks.multi_turn import Environment, EnvironmentCrash, Step
+from trl_entropy.tasks.multi_turn import EnvironmentCrash
 
 
 class Simulator(Protocol):
@@ -64,94 +65,58 @@ class SimulatorPool(Generic[S]):
             self._simulators = [None] * len(self._simulators)
 
 
-class EnvironmentProcess:
-    """A child process that hosts environments, so that a crash of theirs costs no more than their episodes.
+class ChildProcess:
+    """A program that answers each line of JSON on its input with one on its output; one call at a time.
 
     Args:
-        make: Makes an environment, in the child; must be picklable.
+        command: The program and its arguments.
         timeout: Seconds after which an answer counts as a crash.
     """
 
-    def __init__(self, make: Callable[[], Environment], timeout: float) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
-        self._process.start()
-        theirs.close()
+    def __init__(self, command: Sequence[str], timeout: float) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._names = itertools.count()
 
     @property
     def alive(self) -> bool:
-        return self._process.is_alive()
+        return self._process.poll() is None
 
-    def environment(self) -> "RemoteEnvironment":
-        """A new environment in this process."""
-        return RemoteEnvironment(self, next(self._names))
-
-    def call(self, name: int, method: str, *arguments: str) -> Any:
-        """Call a method of one of its environments.
+    def call(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and wait for its answer.
 
         Raises:
-            EnvironmentCrash: If the environment raised it, or the process died or did not answer in time.
-            Exception: Whatever else the environment raised.
+            EnvironmentCrash: If the answer has the key `"error"`, or the process died or did not answer in time.
         """
         with self._lock:
             try:
-                self._connection.send((name, method, arguments))
-                if not self._connection.poll(self._timeout):
-                    self._process.kill()
-                    raise EnvironmentCrash(f"no answer to {method} in {self._timeout} s")
-                answer = self._connection.recv()
-            except (OSError, EOFError) as error:
-                self._process.kill()
-                raise EnvironmentCrash(f"the simulator process died (exit code {self._process.exitcode})") from error
-        if isinstance(answer, Exception):
-            raise answer
+                answer = self._exchange(json.dumps(request).encode() + b"\n")
+            except (OSError, EOFError, ValueError) as error:
+                self._process.kill()  # what it would answer later belongs to no call
+                raise EnvironmentCrash(f"the simulator process failed ({error})") from error
+        if "error" in answer:
+            raise EnvironmentCrash(answer["error"])
         return answer
 
-    def close(self) -> None:
-        self._connection.close()
-        self._process.join(timeout=1.0)
-        self._process.kill()
-        self._process.join()
-
-
-class RemoteEnvironment:
-    """An environment of an `EnvironmentProcess`."""
-
-    def __init__(self, process: EnvironmentProcess, name: int) -> None:
-        self._process = process
-        self._name = name
-
-    def reset(self, episode: str) -> str:
-        return self._process.call(self._name, "reset", episode)
-
-    def step(self, action: str) -> Step:
-        return self._process.call(self._name, "step", action)
+    def _exchange(self, line: bytes) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line)
+        if not select.select([self._process.stdout], [], [], self._timeout)[0]:
+            raise TimeoutError(f"no answer in {self._timeout} s")
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise EOFError(f"it ended with exit code {self._process.wait()}")
+        return json.loads(answer)
 
     def close(self) -> None:
-        if self._process.alive:
-            self._process.call(self._name, "close")
-
-
-def _serve(connection: Connection, make: Callable[[], Environment]) -> None:
-    """Answer calls until the other end closes."""
-    environments: dict[int, Environment] = {}
-    while True:
+        """End the process by closing its input, or by force if it does not end."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
         try:
-            name, method, arguments = connection.recv()
-        except (EOFError, KeyboardInterrupt):
-            break
-        try:
-            if name not in environments:
-                environments[name] = make()
-            answer = getattr(environments[name], method)(*arguments)
-            if method == "close":
-                del environments[name]
-        except Exception as error:
-            answer = error
-        connection.send(answer)
-    for environment in environments.values():
-        environment.close()
+            self._process.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
