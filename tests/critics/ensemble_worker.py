@@ -21,7 +21,8 @@ from tests.critics.conftest import make_rollout
 from trl_entropy.critics import CriticEnsemble, highest_fraction, load_critic, lowest_fraction
 
 # transformers then gives the weights to the first process of a node alone
-os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+if __name__ == "__main__":  # not where a test imports it
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 
 ROWS, TOKENS, VOCABULARY = 12, 6, 30
 OWN_ROWS = {1: [list(range(ROWS))], 2: [[0, 1, 2, 3, 8, 9, 10], [4, 5, 6, 7, 11]]}

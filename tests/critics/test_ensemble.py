@@ -42,36 +42,39 @@ def test_values_are_each_critics_own(make_critic, small_critic, rollout):
     assert (found[0] - found[1]).abs().max() > 0.01
 
 
-def reference_update(critic, rollout, rows, weight_decay, max_grad_norm, learning_rate=1e-2):
-    """One AdamW step on the mean over valid tokens of (V - R)^2."""
-    predicted = values(critic, rollout.input_ids[rows], rollout.attention_mask[rows], 6)[:, :-1]
-    mask = rollout.mask[rows]
-    loss = (predicted - rollout.targets[rows]).square()[mask].sum() / mask.sum()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), max_grad_norm)
+def reference_updates(critic, rollout, rows, weight_decay, max_grad_norm, steps):
+    """AdamW steps on the mean over valid tokens of (V - R)^2; the means of the losses and of the norms."""
     groups = [
         {"params": [value for value in critic.parameters() if value.dim() > 1], "weight_decay": weight_decay},
         {"params": [value for value in critic.parameters() if value.dim() == 1], "weight_decay": 0.0},
     ]
-    torch.optim.AdamW(groups, lr=learning_rate).step()
-    return loss.item(), norm.item()
+    optimizer, mask, totals = torch.optim.AdamW(groups, lr=1e-2), rollout.mask[rows], torch.zeros(2)
+    for _ in range(steps):
+        predicted = values(critic, rollout.input_ids[rows], rollout.attention_mask[rows], 6)[:, :-1]
+        loss = (predicted - rollout.targets[rows]).square()[mask].sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), max_grad_norm)
+        optimizer.step()
+        totals += torch.stack([loss.detach(), norm])
+    return (totals / steps).tolist()
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.1, 100.0])
-def test_update_equals_plain_pytorch(make_critic, small_critic, rollout, max_grad_norm):
+def test_updates_equal_plain_pytorch(make_critic, small_critic, rollout, max_grad_norm):
     critics = [make_critic(0), small_critic]
     expected = copy.deepcopy(critics)
     group = ensemble(critics, weight_decay=0.1, max_grad_norm=max_grad_norm)
     shards = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1])
-    metrics = train(group, rollout, shards)
+    metrics = train(group, rollout, shards, epochs=3)
     for index, critic in enumerate(expected):
         rows = (shards == index).nonzero().flatten()
-        loss, norm = reference_update(critic, rollout, rows, 0.1, max_grad_norm)
-        assert metrics[f"critic_{index}/loss"] == pytest.approx(loss, rel=1e-5)
-        assert metrics[f"critic_{index}/grad_norm"] == pytest.approx(norm, rel=1e-4)
+        loss, norm = reference_updates(critic, rollout, rows, 0.1, max_grad_norm, steps=3)
+        assert metrics[f"critic_{index}/loss"] == pytest.approx(loss, rel=1e-4)
+        assert metrics[f"critic_{index}/grad_norm"] == pytest.approx(norm, rel=1e-3)
         for found, wanted in zip(critics[index].parameters(), critic.parameters(), strict=True):
-            # the order of the rows moves the last bits of the gradients; the step is 1e-2
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+            # the order of the rows moves the last bits of the gradients; a step is 1e-2
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-4)
 
 
 def test_no_clipping_without_a_norm(make_critic, rollout):

@@ -79,19 +79,25 @@ def test_empty_prompt_is_refused(make_critic, rollout):
         values(make_critic(), rollout.input_ids[:, :6], rollout.attention_mask[:, :6], 6)
 
 
+def dropouts(model):
+    return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+
+
 def test_no_dropout(tmp_path, rollout):
     config = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     critic = load_critic(str(tmp_path)).train()
-    assert {module.p for module in critic.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    assert dropouts(critic) == {0.0}
     torch.nn.init.normal_(critic.classifier.weight)
     first, second = (values(critic, rollout.input_ids, rollout.attention_mask, 6) for _ in range(2))
     assert torch.equal(first, second)
     # as a module it comes with its dropout
     loaded = AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=1)
-    assert {m.p for m in loaded.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
-    module = load_critic(loaded)
-    assert {m.p for m in module.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+    assert dropouts(loaded) == {0.1}
+    assert dropouts(load_critic(loaded)) == {0.0}
+    # nor when the saved critic is loaded without this package
+    critic.save_pretrained(tmp_path / "critic")
+    assert dropouts(AutoModelForTokenClassification.from_pretrained(tmp_path / "critic")) == {0.0}
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])

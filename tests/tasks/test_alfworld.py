@@ -92,7 +92,9 @@ EPISODE = "train/pick/trial_1/game.tw-pddl"
 
 def test_splits(games):
     names = {split: [row[-1]["episode"] for row in alfworld.load(split)["prompt"]] for split in alfworld.FOLDERS}
-    assert sorted(names["train"]) == [f"train/{name}/game.tw-pddl" for name in ("heat/trial_1", "pick/trial_1", "pick/trial_2")]
+    assert sorted(names["train"]) == [
+        f"train/{name}/game.tw-pddl" for name in ("heat/trial_1", "pick/trial_1", "pick/trial_2")
+    ]
     assert names["dev"] == ["valid_seen/pick/trial_3/game.tw-pddl"]
     assert names["test"] == ["valid_unseen/pick/trial_4/game.tw-pddl"]
     assert [row[-1]["episode"] for row in alfworld.load("train", size=2)["prompt"]] == names["train"][:2]
@@ -104,10 +106,14 @@ def test_play():
         first = rollout.pool.reset([EPISODE, EPISODE])
         welcome = "Welcome. Your task is to: put a mug on the desk.\n\nAdmissible actions: go to desk 1, look"
         assert first == [welcome, welcome]
-        steps = rollout.pool.step({0: "A desk.\n<action>Go to desk 1</action>", 1: "<action>put mug on desk 1</action>"})
+        steps = rollout.pool.step(
+            {0: "A desk.\n<action>Go to desk 1</action>", 1: "<action>put mug on desk 1</action>"}
+        )
         assert steps == [
             Step("You go to desk 1.\n\nAdmissible actions: go to desk 1, look"),
-            Step("You put mug on desk 1.\n\nAdmissible actions: go to desk 1, look", reward=1.0, done=True, success=True),
+            Step(
+                "You put mug on desk 1.\n\nAdmissible actions: go to desk 1, look", reward=1.0, done=True, success=True
+            ),
         ]
 
 

@@ -60,4 +60,5 @@ def describe(state: Any, done: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this file's folder, where `alfworld` is not the package
     main()

@@ -77,7 +77,8 @@ class Corridor:
 
     def reset(self, episode: str) -> str:
         self._locks, _, self._cells = episode.partition(".")
-        if len(self._locks) != NUM_LOCKS or set(self._locks) - KEY_OF.keys() or set(self._cells) - {"o", "p"}:
+        locks, cells = set(self._locks), set(self._cells)
+        if len(self._locks) != NUM_LOCKS or locks - KEY_OF.keys() or not cells or cells - {"o", "p"}:
             raise ValueError(f"The episode {episode!r} is not of the form 'vxw.oopopoop': see `load`.")
         self._keys = ""
         self._places = list(self._cells) + ["d"] * NUM_LOCKS
