@@ -17,6 +17,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINE_STYLES = ("-", "--", ":", "-.")
 SMOOTHING = 0.6
 MAX_NAME_LENGTH = 40
+LEGEND_WIDTH = 42  # characters
 
 
 @dataclass(frozen=True)
@@ -178,13 +179,15 @@ def _canvas(figure: Figure, runs: Sequence[Run]) -> "Canvas":
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("optimizer step")
+    names = [_shorten(runs[index].name) for index in shown]
+    columns = max(1, LEGEND_WIDTH // max(map(len, names)))
     legend = canvas.legend(
-        list(shown.values()), ["run"] * len(shown), loc="outside upper left", ncols=2, frameon=False, fontsize=9
+        list(shown.values()), ["run"] * len(shown), loc="outside upper left", ncols=columns, frameon=False, fontsize=9
     )
     # A name is data: set it as plain text, or matplotlib reads formulas and hidden labels into it.
-    for text, index in zip(legend.get_texts(), shown, strict=True):
+    for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
-        text.set_text(_shorten(runs[index].name))
+        text.set_text(name)
     return canvas
 
 
