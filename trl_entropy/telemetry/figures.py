@@ -180,7 +180,7 @@ def _canvas(figure: Figure, runs: Sequence[Run]) -> "Canvas":
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("optimizer step")
     names = [_shorten(runs[index].name) for index in shown]
-    columns = max(1, LEGEND_WIDTH // max(map(len, names)))
+    columns = max(1, LEGEND_WIDTH // max([1, *map(len, names)]))
     legend = canvas.legend(
         list(shown.values()), ["run"] * len(shown), loc="outside upper left", ncols=columns, frameon=False, fontsize=9
     )
