@@ -34,8 +34,8 @@ class Task:
         reward_funcs: TRL reward functions: `reward(prompts, completions, **columns)` returns one float a completion.
         build_policy: `build_policy(output_dir, seed)` makes the task's own small policy and its tokenizer, saves both
             in `output_dir` and returns that path; `None` where the user brings the model.
-        build_rollout: `build_rollout(**environment_args)` makes the trainer's `rollout_func` for a task whose completions
-            are episodes in an environment; close it after training. `None` where a completion is one turn.
+        build_rollout: `build_rollout(**environment_args)` makes the trainer's `rollout_func` for a task whose
+            completions are episodes in an environment; close it after training. `None` where a completion is one turn.
     """
 
     name: str
