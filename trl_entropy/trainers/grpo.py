@@ -83,6 +83,23 @@ class EntropyGRPOTrainer(GRPOContact):
     def on_forward(self, call: LossCall) -> None:
         if self.shapes_policy_gradient:
             self._shape_policy_gradient(call)
+        else:
+            self._bound_importance_ratio(call)
+
+    @torch.no_grad()
+    def _bound_importance_ratio(self, call: LossCall) -> None:
+        """Keep TRL's own policy loss finite beside an added loss: an infinite ratio would make both NaN."""
+        inputs, logps = call.inputs, call.logps.detach()
+        old_logps = inputs.get("old_per_token_logps")
+        if old_logps is not None:
+            self._keep_off_policy_mask(inputs, old_logps)
+            log_weight = log_importance_weight(logps, old_logps, call.mask, self.importance_sampling_level)
+            inputs["old_per_token_logps"] = bounded_old_logps(old_logps, log_weight)
+
+    def _keep_off_policy_mask(self, inputs: dict[str, Any], old_logps: Tensor) -> None:
+        """TRL's off-policy mask measures the drift from the rollout, which must not be the shaped log-probs."""
+        if self.off_policy_mask_threshold is not None:
+            inputs.setdefault("sampling_per_token_logps", old_logps)
 
     @torch.no_grad()
     def _shape_policy_gradient(self, call: LossCall) -> None:
@@ -95,9 +112,7 @@ class EntropyGRPOTrainer(GRPOContact):
             advantages=(advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logps),
             mask=call.mask,
         )
-        if self.off_policy_mask_threshold is not None:
-            # TRL's off-policy mask measures the drift from the rollout, which must not be the shaped log-probs
-            inputs.setdefault("sampling_per_token_logps", tokens.old_logps)
+        self._keep_off_policy_mask(inputs, tokens.old_logps)
         old_entropies = entropies if on_policy else inputs.get("old_entropies")
         shaped, metrics = self._shape(tokens, entropies, old_entropies)
         inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
