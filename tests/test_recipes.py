@@ -11,7 +11,7 @@ from trl_entropy.recipes import recipe_names, recipe_path, recipes_dir
 from trl_entropy.tasks import get_task
 from trl_entropy.tasks.rewards import load_reward_func
 
-RECIPES = [name for name in recipe_names() if not name.startswith("accelerate/")]  # how to launch, not what to train
+RECIPES = recipe_names()
 KLEAR = [name for name in RECIPES if re.match("(erc|ce-gppo)-r1-distill-qwen-", name)]
 ASYPPO = [name for name in RECIPES if name.startswith("asyppo-")]
 
@@ -51,13 +51,31 @@ def test_header_says_how_to_run_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_header_says_what_it_needs_and_what_to_expect(name: str) -> None:
+    lines = header(name)
+    assert re.search(r"^# Hardware:", lines, re.MULTILINE)
+    assert re.search(r"^# (Aims for|To expect):", lines, re.MULTILINE)
+    if "num_processes" in lines:
+        assert re.search(r"^# Cost:.*(hours|minutes)", lines, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_recipe_trusts_what_it_downloads_or_opens_a_port(name: str, tmp_path: Path) -> None:
+    """No code of a model runs, and vLLM runs inside the training process."""
+    _, config, _, _ = parse(name, tmp_path)
+    assert not config.trust_remote_code
+    assert config.vllm_mode == "colocate"
+    assert config.vllm_server_base_url is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipe_becomes_a_config(name: str, tmp_path: Path) -> None:
     script, config, model, _ = parse(name, tmp_path)
     assert config.output_dir == str(tmp_path)
     task = get_task(script.task)
     assert model.model_name_or_path or task.build_policy
     assert [load_reward_func(reward) for reward in script.reward_funcs or []] or task.reward_funcs
-    assert model.use_peft == name.endswith("-lora")
+    assert model.use_peft == ("-lora" in name)
     if model.use_peft:
         assert model.lora_dropout == 0.0
 
@@ -82,8 +100,9 @@ def test_klear_settings(name: str, tmp_path: Path) -> None:
     assert config.delta == 10.0
     assert config.positive_nll_coef == 0.1
     assert config.temperature == 1.0
-    assert (script.max_prompt_length, config.max_completion_length) == (4096, 16384)
-    assert config.vllm_max_model_length == 4096 + 16384
+    context = (2048, 8192) if name.endswith("-24gb") else (4096, 16384)
+    assert (script.max_prompt_length, config.max_completion_length) == context
+    assert config.vllm_max_model_length == sum(context)
     assert (config.weight_decay, config.max_grad_norm, config.warmup_steps) == (0.1, 1.0, 10)
     assert config.learning_rate == (1e-5 if model.use_peft else 1e-6)
     assert config.lr_scheduler_type == "constant_with_warmup"

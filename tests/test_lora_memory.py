@@ -1,0 +1,205 @@
+"""The memory in the headers of the LoRA recipes, recomputed from the architectures and the recipes' own numbers.
+
+The activations are the peak over a forward and a backward pass of the real shapes on fake tensors, which allocate
+nothing. It is a calculation: no GPU is measured here.
+"""
+
+import re
+import weakref
+from functools import cache
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from trl_entropy.recipes import recipe_names, recipe_path
+
+GIB = 2**30
+CARDS = {"24gb": 22.0, "80gb": 79.0}
+"""GiB that the smallest cards sold under that name leave to PyTorch (L4 and A10G; A100)."""
+ARCHITECTURES = {
+    # config.json of deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B and -7B
+    "1.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "7b": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+}
+ONE_GPU = {"gradient_accumulation_steps": 128, "steps_per_generation": 1024}
+"""What the header's last lines set, to run a recipe of several GPUs on one: the same batch and the same rollout."""
+NAMES = [name for name in recipe_names() if re.match(r"(erc|ce-gppo)-r1-distill-qwen-.*-lora", name)]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, and the most that ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak, self._seen = 0, 0, WeakIdKeyDictionary()
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        self._seen[tensor.untyped_storage()] = True
+
+    def _add(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self._seen:
+                storage = tensor.untyped_storage()
+                self._seen[storage] = True
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return out
+
+
+def lora_model(size: str, rank: int, **changes: int) -> Any:
+    """The policy as a recipe builds it, on the meta device: bfloat16 weights, a float32 adapter on all linear layers."""
+    shape = {**ARCHITECTURES[size], **changes}
+    config = Qwen2Config(**shape, tie_word_embeddings=False, attn_implementation="sdpa")
+    lora = peft.LoraConfig(r=rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        return peft.get_peft_model(Qwen2ForCausalLM(config).to(torch.bfloat16), lora)
+
+
+@cache
+def parameters(size: str, rank: int) -> tuple[int, int]:
+    """How many are frozen, and how many are trained."""
+    values = list(lora_model(size, rank).parameters())
+    assert {value.dtype for value in values if value.requires_grad} == {torch.float32}
+    frozen, trained = (sum(value.numel() for value in values if value.requires_grad is on) for on in (False, True))
+    return frozen, trained
+
+
+def checkpoint_bytes(size: str, tokens: int) -> int:
+    """What gradient checkpointing keeps of one layer: its input, in bfloat16."""
+    return 2 * tokens * ARCHITECTURES[size]["hidden_size"]
+
+
+@cache
+def activation_bytes(size: str, rank: int, tokens: int, layers: int = 1) -> int:
+    """Peak bytes beside the parameters over one sequence's forward and backward pass.
+
+    Traced through `layers` layers; each further one only adds what gradient checkpointing keeps of it.
+    """
+    model = lora_model(size, rank, num_hidden_layers=layers)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, value in module.named_parameters(recurse=False):
+                fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                setattr(module, name, torch.nn.Parameter(fake, requires_grad=value.requires_grad))
+            for name, value in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(value.shape, dtype=value.dtype, device="cpu"))
+        counter = LiveBytes()
+        for value in model.parameters():
+            counter.ignore(value)
+        ids, mask = torch.zeros(1, tokens, dtype=torch.long), torch.ones(1, tokens, dtype=torch.long)
+        with counter, torch.autocast("cpu", torch.bfloat16):
+            backbone = model.base_model.model.model
+            backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.sum().backward()
+    return counter.peak + (ARCHITECTURES[size]["num_hidden_layers"] - layers) * checkpoint_bytes(size, tokens)
+
+
+def block(name: str) -> str:
+    """The header's lines about memory."""
+    recipe: dict[str, Any] = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))
+    size = "7b" if "7b" in name else "1.5b"
+    card = "24gb" if name.endswith("24gb") else "80gb"
+    if card == "80gb":
+        recipe |= ONE_GPU
+    shape = ARCHITECTURES[size]
+    frozen, trained = parameters(size, recipe["lora_r"])
+    completion, tokens = recipe["max_completion_length"], recipe["max_prompt_length"] + recipe["max_completion_length"]
+    rows = recipe["per_device_train_batch_size"] * recipe["steps_per_generation"]
+
+    weights = 2 * frozen / GIB
+    adapter = 16 * trained / GIB
+    activations = activation_bytes(size, recipe["lora_r"], tokens) / GIB
+    inputs = shape["num_hidden_layers"] * checkpoint_bytes(size, tokens) / GIB
+    # a token's id and mask, 8 bytes each; a completion's also old and sampling log-prob and old entropy, 4 bytes each
+    rollout = 2 * rows * (16 * tokens + 12 * completion) / GIB
+    spare = 0.1 * (weights + adapter + activations + rollout) + 0.7
+    share = recipe["vllm_gpu_memory_utilization"] * CARDS[card]
+    work = 3 * 4 * rows * shape["vocab_size"] / GIB + 1
+    cache_ = share - weights - work
+    head_dim = shape["hidden_size"] // shape["num_attention_heads"]
+    per_token = 2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim
+    whole = int(cache_ * GIB / per_token / tokens)
+    total = weights + adapter + activations + rollout + spare + share
+    assert total < CARDS[card]
+    assert whole >= 8
+    where = " on one GPU alone (--num_processes 1 --gradient_accumulation_steps 128 --steps_per_generation 1024),\n#"
+    return f"""\
+# Memory in GiB{where if card == "80gb" else ","} calculated from the architecture and not measured (tests/test_lora_memory.py):
+#   {weights:6.2f}  weights: {frozen:,} in bfloat16
+#   {adapter:6.2f}  adapter: {trained:,} x 16 bytes, its gradient and AdamW's two moments included, all float32
+#   {activations:6.2f}  activations, at {tokens} tokens: {inputs:.2f} of checkpoints, the rest of the one layer in work; the LM
+#           head's tile of 4096 x 32768 logits, 0.25, is gone before that peak
+#   {rollout:6.2f}  rollout: {rows} completions, padded to {tokens} tokens, twice while it is shuffled
+#   {spare:6.2f}  spare: a tenth of the above for fragmentation, 0.7 for the CUDA context
+#   {share:6.2f}  vLLM, {recipe["vllm_gpu_memory_utilization"]} of the GPU: {weights:.2f} weights, {work:.2f} working space (1, and 3 x {rows} rows of float32
+#           logits), {cache_:.2f} KV cache for {whole} whole sequences of {per_token:,} bytes a token
+#   {total:6.2f}  in all, of {CARDS[card]:.0f} that a GPU sold as {card[:2]} GB has at least
+""" + (f"# Not on 24 GB: the policy's weights and vLLM's copy of them are {2 * weights:.2f}.\n" if size == "7b" else "")
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_headers_arithmetic(name: str) -> None:
+    text = recipe_path(name).read_text(encoding="utf-8")
+    start = text.index("# Memory in GiB")
+    written, expected = text[start : text.index("\n\n", start) + 1], block(name)
+    # versions of transformers differ in a few temporary tensors
+    assert numbers(written) == pytest.approx(numbers(expected), rel=0.02)
+    assert re.sub(r"[\d,.]+", "0", written) == re.sub(r"[\d,.]+", "0", expected)
+
+
+def test_the_published_parameter_counts() -> None:
+    """1.78 and 7.62 billion; LoRA of rank 32 on every linear layer but the head."""
+    # 28 layers x 32 x (in + out of q, k, v, o, gate, up, down)
+    assert parameters("1.5b", 32) == (1_777_088_000, 28 * 32 * (3072 + 2 * 1792 + 3072 + 3 * 10496))
+    assert parameters("7b", 32) == (7_615_616_512, 28 * 32 * (7168 + 2 * 4096 + 7168 + 3 * 22528))
+
+
+def test_a_further_layer_adds_its_checkpoint() -> None:
+    """And the gradients of its adapter, which are counted with the adapter."""
+    more = activation_bytes("1.5b", 32, 10240, layers=3) - activation_bytes("1.5b", 32, 10240)
+    assert 0 <= more <= 2 * 4 * parameters("1.5b", 32)[1] / 28
+
+
+def test_the_trace_counts_what_is_alive() -> None:
+    with FakeTensorMode():
+        counter = LiveBytes()
+        with counter:
+            kept = torch.empty(1000, dtype=torch.float32)
+            torch.empty(500, dtype=torch.float32)
+            assert kept.view(10, 100).shape == (10, 100)  # a view is no storage of its own
+            assert (counter.live, counter.peak) == (4000, 6000)
+            del kept
+            assert (counter.live, counter.peak) == (0, 6000)
