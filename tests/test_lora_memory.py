@@ -74,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def lora_model(size: str, rank: int, **changes: int) -> Any:
-    """The policy as a recipe builds it, on the meta device: bfloat16 weights, a float32 adapter on all linear layers."""
+    """The policy as a recipe builds it, without memory: bfloat16 weights, a float32 adapter on all linear layers."""
     shape = {**ARCHITECTURES[size], **changes}
     config = Qwen2Config(**shape, tie_word_embeddings=False, attn_implementation="sdpa")
     lora = peft.LoraConfig(r=rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -151,19 +151,28 @@ def block(name: str) -> str:
     total = weights + adapter + activations + rollout + spare + share
     assert total < CARDS[card]
     assert whole >= 8
-    where = " on one GPU alone (--num_processes 1 --gradient_accumulation_steps 128 --steps_per_generation 1024),\n#"
-    return f"""\
-# Memory in GiB{where if card == "80gb" else ","} calculated from the architecture and not measured (tests/test_lora_memory.py):
+    where = (
+        " on one GPU alone (--num_processes 1 --gradient_accumulation_steps 128 --steps_per_generation 1024),\n#"
+        if card == "80gb"
+        else ","
+    )
+    lines = f"""\
+# Memory in GiB{where} calculated from the architecture and not measured (tests/test_lora_memory.py):
 #   {weights:6.2f}  weights: {frozen:,} in bfloat16
 #   {adapter:6.2f}  adapter: {trained:,} x 16 bytes, its gradient and AdamW's two moments included, all float32
-#   {activations:6.2f}  activations, at {tokens} tokens: {inputs:.2f} of checkpoints, the rest of the one layer in work; the LM
+#   {activations:6.2f}  activations, at {tokens} tokens: {inputs:.2f} of checkpoints, \
+the rest of the one layer in work; the LM
 #           head's tile of 4096 x 32768 logits, 0.25, is gone before that peak
 #   {rollout:6.2f}  rollout: {rows} completions, padded to {tokens} tokens, twice while it is shuffled
 #   {spare:6.2f}  spare: a tenth of the above for fragmentation, 0.7 for the CUDA context
-#   {share:6.2f}  vLLM, {recipe["vllm_gpu_memory_utilization"]} of the GPU: {weights:.2f} weights, {work:.2f} working space (1, and 3 x {rows} rows of float32
+#   {share:6.2f}  vLLM, {recipe["vllm_gpu_memory_utilization"]} of the GPU: {weights:.2f} weights, \
+{work:.2f} working space (1, and 3 x {rows} rows of float32
 #           logits), {cache_:.2f} KV cache for {whole} whole sequences of {per_token:,} bytes a token
 #   {total:6.2f}  in all, of {CARDS[card]:.0f} that a GPU sold as {card[:2]} GB has at least
-""" + (f"# Not on 24 GB: the policy's weights and vLLM's copy of them are {2 * weights:.2f}.\n" if size == "7b" else "")
+"""
+    if size == "7b":
+        lines += f"# Not on 24 GB: the policy's weights and vLLM's copy of them are {2 * weights:.2f}.\n"
+    return lines
 
 
 def numbers(text: str) -> list[float]:
