@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from trl_entropy.commands.suites import Suite, grade, load_suites
-from trl_entropy.tasks import TASKS, rewards
+from trl_entropy.tasks import rewards
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -39,9 +39,8 @@ def test_a_file_a_benchmarks_file_and_a_task(tmp_path: Path) -> None:
     assert grade(task, [4, 0, 4], [answers[4], answers[4], "x"], [[], [], []]) == [1.0, 0.0, 0.0]
 
 
-def test_a_procedural_task(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_procedural_task() -> None:
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: pip install 'trl_entropy[gym]'")
-    monkeypatch.setitem(TASKS, "reasoning_gym", "trl_entropy.tasks.reasoning_gym")
     arguments = {"name": "count_bits", "test_size": 2, "answer_format": "plain"}
     (found,) = load_suites(task="reasoning_gym", task_args=arguments)
     number = int(re.findall(r"\d+", found.problems["prompt"][0].replace(",", ""))[-1])

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from trl_entropy.tasks import get_task
 from trl_entropy.tasks.maths import load, parsable
+from trl_entropy.tasks.templates import INSTRUCTION
 
 KLEAR_ROW = {
     "data_source": "math_longcot_math_verify",
@@ -45,6 +47,31 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path, caplog:
     assert "2 of 4 rows have no answer" in caplog.text
     with pytest.raises(ValueError, match="none of the 2 rows"):
         load("train", source=write(tmp_path / "blank.jsonl", rows[1:3]))
+
+
+def test_the_model_familys_instruction_to_box_the_answer(tmp_path: Path) -> None:
+    rows = [{"problem": "1+1?", "answer": "2"}, {"problem": r"1+2? Use \boxed{}.", "answer": "3"}]
+    source = write(tmp_path / "rows.jsonl", rows)
+    asked, as_it_was = load("train", source=source, template="qwen3")["prompt"]
+    assert asked == [{"role": "user", "content": f"1+1?\n{INSTRUCTION}"}]
+    assert as_it_was == [{"role": "user", "content": r"1+2? Use \boxed{}."}]
+    with pytest.raises(ValueError, match="template='gpt' is unknown"):
+        load("train", source="not/looked/up", template="gpt")
+
+
+def test_configuration_of_a_dataset_that_has_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GSM8K's rows, whose answers end the derivation."""
+    rows = Dataset.from_list([{"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}])
+    asked: list[Any] = []
+
+    def load_source(source: str, *, config: str | None = None) -> DatasetDict:
+        asked.append((source, config))
+        return DatasetDict(train=rows)
+
+    monkeypatch.setattr("trl_entropy.tasks.maths.load_source", load_source)
+    (row,) = load("train", source="openai/gsm8k", config="main")
+    assert asked == [("openai/gsm8k", "main")]
+    assert row["solution"] == r"\boxed{2}"
 
 
 def test_limit_and_held_out_rows(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TASKS = {
     "arithmetic": "trl_entropy.tasks.arithmetic",
     "maths": "trl_entropy.tasks.maths",
+    "reasoning_gym": "trl_entropy.tasks.reasoning_gym",
     "corridor": "trl_entropy.tasks.corridor",
     "scienceworld": "trl_entropy.tasks.scienceworld",
     "alfworld": "trl_entropy.tasks.alfworld",

@@ -13,6 +13,7 @@ from trl.rewards import accuracy_reward
 
 from trl_entropy.tasks import Task
 from trl_entropy.tasks.sources import load_source, select_split
+from trl_entropy.tasks.templates import add_instruction, check_template
 
 DEFAULT_SOURCE = "Kwai-Klear/KlearReasoner-MathSub-30K"
 PROMPT_COLUMNS = ("prompt", "problem", "question")
@@ -23,7 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 def load(
-    split: str, source: str = DEFAULT_SOURCE, limit: int | None = None, test_size: int | float = 0, seed: int = 0
+    split: str,
+    source: str = DEFAULT_SOURCE,
+    limit: int | None = None,
+    test_size: int | float = 0,
+    seed: int = 0,
+    config: str | None = None,
+    template: str | None = None,
 ) -> Dataset:
     r"""Problems of a split, each with its answer in the form that math-verify parses.
 
@@ -38,17 +45,22 @@ def load(
         test_size: Rows (or, below 1, the share of the rows) of `"train"` to hold out as `"test"`, for a source without
             a `"test"` split; 0 for none.
         seed: Seeds which rows are held out.
+        config: Configuration of a dataset that has several, such as `"main"` of `openai/gsm8k`.
+        template: Model family whose instruction to box the answer is added to prompts that have none, a name of
+            `trl_entropy.tasks.templates.TEMPLATES`; `None` leaves prompts as they are.
 
     Returns:
         Columns `prompt` (chat messages) and `solution` (such as `"\boxed{\frac{1}{2}}"`).
 
     Raises:
         ValueError: If a column is missing or a row has the wrong type (the message names it), if no row has an answer,
-            or as `load_source` and `select_split`.
+            if the template is unknown, or as `load_source` and `select_split`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1, or left out for all rows.")
-    rows = select_split(load_source(source), split, test_size=test_size, seed=seed, source=source)
+    if template is not None:
+        check_template(template)
+    rows = select_split(load_source(source, config=config), split, test_size=test_size, seed=seed, source=source)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     problems = list(_problems(rows, source))
@@ -57,6 +69,9 @@ def load(
         logger.warning("%s: %d of %d rows have no answer and are left out.", source, unanswered, len(rows))
     if not problems:
         raise ValueError(f"{source}: none of the {len(rows)} rows of split {split!r} has an answer.")
+    if template is not None:
+        for problem in problems:
+            problem["prompt"] = add_instruction(problem["prompt"], template)
     return Dataset.from_list(problems)
 
 

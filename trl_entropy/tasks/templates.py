@@ -31,13 +31,22 @@ def add_instruction(messages: Messages, template: str) -> Messages:
     Raises:
         ValueError: If the template is unknown.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"template={template!r} is unknown. Choose one of {', '.join(TEMPLATES)}.")
+    check_template(template)
     if any(r"\boxed" in message["content"] for message in messages):
         return messages
     if TEMPLATES[template] == "user":
         return [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}\n{INSTRUCTION}"}]
     return [{"role": "system", "content": INSTRUCTION}, *(m for m in messages if m["role"] != "system")]
+
+
+def check_template(template: str) -> None:
+    """Refuse a name that `TEMPLATES` lacks.
+
+    Raises:
+        ValueError: If the template is unknown.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"template={template!r} is unknown. Choose one of {', '.join(TEMPLATES)}.")
 
 
 def template_of(tokenizer: Any) -> str:
