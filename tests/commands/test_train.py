@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +143,35 @@ def test_resume_equals_an_uninterrupted_run(recipe: WriteRecipe) -> None:
     whole, halves = (load_file(Path(folder, "model.safetensors")) for folder in ("whole", "halves"))
     for name in whole:
         assert torch.equal(whole[name], halves[name]), name
+
+
+def test_killed_on_a_procedural_task_it_goes_on_where_it_was(recipe: WriteRecipe) -> None:
+    """SIGKILL while it trains: the steps up to the last checkpoint are not taken again, and the end is the same."""
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: pip install 'trl_entropy[gym]'")
+    task = {"name": "count_bits", "size": 24, "test_size": 4, "answer_format": "plain"}
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 20, "lr_scheduler_type": "constant"}
+    argv = recipe(dataset_name=None, task="reasoning_gym", task_args=task, epo_coef=0.01, **saving)
+    train.main([*argv, "--output_dir", "whole"])
+    command = [sys.executable, "-m", "trl_entropy.commands.train", *argv, "--output_dir", "killed"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not Path("killed/checkpoint-6/trainer_state.json").exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not Path("killed/model.safetensors").exists()
+    complete = sorted(Path("killed").glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)
+    before = log_history(str(complete[-1].parent))
+    train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto"])
+    after = log_history("killed")
+    assert after[: len(before)] == before  # their step times too
+    assert [entry["step"] for entry in after if "loss" in entry] == list(range(1, 21))
+    whole, killed = (load_file(Path(folder, "model.safetensors")) for folder in ("whole", "killed"))
+    for name in whole:
+        assert torch.equal(whole[name], killed[name]), name
 
 
 def test_lora(recipe: WriteRecipe) -> None:
