@@ -16,14 +16,16 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
+from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 
 ROWS, PROMPT, TOKENS, STEPS_PER_GENERATION = 8, 3, 7, 4
 ERC = {"erc_low": 0.95, "erc_high": 1.05}
 CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0}
 NLL = {"positive_nll_coef": 0.1}
 EPO = {"epo_coef": 0.1}
-CONTROLS = {
+# No `entropy_coef`: TRL's own bonus is a mean over each process's tokens. The entropy filter gates EPO's here.
+ASYPPO = {"critic_learning_rate": 1e-3}
+CONTROLS: dict[str, dict[str, Any]] = {
     "none": {},
     "erc": ERC,
     "ce_gppo": CE_GPPO,
@@ -31,8 +33,14 @@ CONTROLS = {
     "epo": EPO,
     "epo_per_turn": {**EPO, "epo_history": "per_turn"},
     "all": {**ERC, **CE_GPPO, **NLL, **EPO},
+    "asyppo": ASYPPO,
+    "asyppo_all": {**ASYPPO, **ERC, **CE_GPPO, **NLL, **EPO},
 }
-CASES = list(itertools.product(CONTROLS, ["dapo", "grpo"], ["token", "sequence"]))
+CASES = [
+    *itertools.product([name for name in CONTROLS if "asyppo" not in name], ["dapo", "grpo"], ["token", "sequence"]),
+    ("asyppo", "dapo", "token"),
+    ("asyppo_all", "grpo", "sequence"),
+]
 
 
 def global_batch(vocabulary: int) -> dict[str, torch.Tensor]:
@@ -77,11 +85,13 @@ def local_inputs(trainer: EntropyGRPOTrainer) -> dict[str, Any]:
     return inputs | {"num_items_in_batch": num_items}
 
 
-def run_case(model: str, folder: str, case: tuple[str, str, str]) -> dict[str, Any]:
+def build(model: str, folder: str, case: tuple[str, str, str]) -> EntropyGRPOTrainer:
     name, loss_type, level = case
-    args = EntropyGRPOConfig(
+    with_critics, processes = name.startswith("asyppo"), int(os.environ.get("WORLD_SIZE", "1"))
+    args = (AsyPPOConfig if with_critics else EntropyGRPOConfig)(
         folder,
         **CONTROLS[name],
+        **({"critic_per_device_train_batch_size": 4 // processes} if with_critics else {}),
         loss_type=loss_type,
         importance_sampling_level=level,
         use_cpu=True,
@@ -89,32 +99,46 @@ def run_case(model: str, folder: str, case: tuple[str, str, str]) -> dict[str, A
         gradient_checkpointing=False,
         report_to="none",
         num_generations=2,
+        max_completion_length=TOKENS,  # the longest completions are truncated
         generation_batch_size=ROWS * STEPS_PER_GENERATION,
-        per_device_train_batch_size=ROWS // int(os.environ.get("WORLD_SIZE", "1")),
+        per_device_train_batch_size=ROWS // processes,
     )
-    trainer = EntropyGRPOTrainer(
+    trainer = (AsyPPOTrainer if with_critics else EntropyGRPOTrainer)(
         model,
         lambda completions, **_: [0.0] * len(completions),
         args,
         Dataset.from_dict({"prompt": ["1"] * 64}),
         processing_class=AutoTokenizer.from_pretrained(model),
+        **({"critics": model} if with_critics else {}),
     )
+    return trainer
+
+
+def run_case(model: str, folder: str, case: tuple[str, str, str]) -> dict[str, Any]:
+    trainer = build(model, folder, case)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     trainer.state.max_steps = 8 * STEPS_PER_GENERATION
     wrapped = trainer.accelerator.prepare(trainer.model)
     # the first rollout's step enters the history that the second one is smoothed against
+    inputs = local_inputs(trainer)
     with torch.no_grad():
-        trainer.compute_loss(wrapped, local_inputs(trainer))
+        trainer.compute_loss(wrapped, inputs)
     inputs = local_inputs(trainer)
     loss = trainer.compute_loss(wrapped, inputs)
     trainer.accelerator.backward(loss)
     return {
         "gradients": {name: value.grad for name, value in trainer.model.named_parameters()},
-        "metrics": trainer.control_metrics(),
+        "metrics": trainer.control_metrics() | critic_metrics(trainer),
         "history": trainer.control_state()["entropy_history"]["steps"],
         "processes": trainer.accelerator.num_processes,
     }
+
+
+def critic_metrics(trainer: EntropyGRPOTrainer) -> dict[str, float]:
+    """Of both rollouts, as they would be averaged in the log."""
+    found = {key: value for key, value in trainer._metrics["train"].items() if key.startswith("asyppo/")}
+    return {key: sum(values) / len(values) for key, values in found.items()}
 
 
 def main() -> None:
