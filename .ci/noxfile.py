@@ -1,0 +1,68 @@
+"""The tests on every supported TRL, each in an environment of its own: `nox -f .ci/noxfile.py`.
+
+    nox -f .ci/noxfile.py -s contact             # one of the sessions
+    nox -f .ci/noxfile.py -s newer -- 1.17.0     # what, if anything, breaks on a TRL that is not supported yet
+
+`.ci/run` runs the whole suite on the newest supported TRL. pip's cache keeps the downloads between environments.
+"""
+
+import re
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parents[1]
+OLDEST, BETWEEN = "1.12.0", ("1.13.0", "1.14.2", "1.15.0")
+ONLY_TRITON = ("1.15.0",)
+"""These compute log-probs with Triton kernels alone, which on a CPU need Triton's interpreter."""
+CONTACT_TESTS = [f"tests/trainers/test_{name}.py" for name in ("contact", "grpo", "resume", "epo", "model_gradients")]
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["oldest", "contact"]
+
+
+def install(session: nox.Session, trl: str) -> None:
+    """This project with a version of TRL, and everything else as CI pins it."""
+    pins = (ROOT / ".ci/constraints.txt").read_text(encoding="utf-8")
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text(re.sub(r"(?m)^trl==.*\n", "", pins), encoding="utf-8")
+    session.install("-q", "-c", str(constraints), f"trl=={trl}", "-e", f"{ROOT}[tests,plots,maths,gym]")
+
+
+def run_tests(session: nox.Session, *arguments: str) -> None:
+    session.chdir(ROOT)
+    session.run("python", "-c", "import trl; print('TRL', trl.__version__)")
+    session.run("python", "-m", "pytest", "-q", *arguments)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The default suite on the oldest supported TRL."""
+    install(session, OLDEST)
+    run_tests(session, *session.posargs)
+
+
+@nox.session
+@nox.parametrize("trl", BETWEEN)
+def contact(session: nox.Session, trl: str) -> None:
+    """What touches TRL's internals, on the releases in between."""
+    install(session, trl)
+    if trl in ONLY_TRITON:
+        session.install("-q", "--no-deps", "triton")
+        session.env["TRITON_INTERPRET"] = "1"
+    run_tests(session, *CONTACT_TESTS)
+
+
+@nox.session
+def newer(session: nox.Session) -> None:
+    """The contact tests on a TRL that is newer than those supported; `-- VERSION`, or the newest."""
+    install(session, newest_supported())
+    wanted = f"trl=={session.posargs[0]}" if session.posargs else "trl"
+    session.install("-q", "--upgrade", "--no-deps", wanted)
+    run_tests(session, "--tb=line", "-rf", *CONTACT_TESTS)
+
+
+def newest_supported() -> str:
+    """The version that CI pins."""
+    pins = (ROOT / ".ci/constraints.txt").read_text(encoding="utf-8")
+    return re.search(r"(?m)^trl==(.*)$", pins)[1]
