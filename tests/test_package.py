@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ LAYERS = ("controls", "critics", "trainers", "tasks", "telemetry", "commands")
 
 @pytest.mark.parametrize("name", MODULES)
 def test_module_imports_and_says_what_it_is(name: str) -> None:
+    if name.startswith("trl_entropy.ppo") and find_spec("trl.experimental.ppo") is None:
+        pytest.skip("TRL 1.12 is the last release with PPOTrainer")
     assert import_module(name).__doc__
 
 

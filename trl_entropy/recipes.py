@@ -20,9 +20,13 @@ def recipes_dir() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted: their paths below `recipes_dir()` without the `.yaml`."""
+    """Names of the shipped recipes, sorted: their paths below `recipes_dir()` without the `.yaml`.
+
+    Those that start with `accelerate/` say how to launch, all others what to train.
+    """
     folder = recipes_dir()
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*.yaml"))
+    # not `with_suffix`, which takes the end of "...-1.5b" for one
+    return sorted(path.relative_to(folder).as_posix().removesuffix(".yaml") for path in folder.rglob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:
