@@ -35,7 +35,8 @@ class AsyPPOConfig(EntropyGRPOConfig):
             Lambda of the critics' targets, in [0, 1]; 1 is the Monte-Carlo return of the paper.
         bootstrap_truncated (`bool`, *optional*, defaults to `True`):
             Whether a completion that was cut off at `max_completion_length` ends in the value of its last state
-            instead of 0.
+            instead of 0. Its own reward counts on top of that value: where truncated completions are rewarded and the
+            policy stops ending them, values grow without bound, so set it to `False` for such a reward.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
             Whether the advantages get mean 0 and standard deviation 1 over the valid tokens of the global batch.
         advantage_mask_fraction (`float`, *optional*, defaults to `0.2`):
