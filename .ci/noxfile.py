@@ -26,7 +26,7 @@ def install(session: nox.Session, trl: str) -> None:
     pins = (ROOT / ".ci/constraints.txt").read_text(encoding="utf-8")
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text(re.sub(r"(?m)^trl==.*\n", "", pins), encoding="utf-8")
-    session.install("-q", "-c", str(constraints), f"trl=={trl}", "-e", f"{ROOT}[tests,plots,maths,gym]")
+    session.install("-q", "-c", str(constraints), f"trl=={trl}", "-e", f"{ROOT}[tests,plots,maths,gym,scienceworld]")
 
 
 def run_tests(session: nox.Session, *arguments: str) -> None:

@@ -1,16 +1,17 @@
-"""Does EPO calm the entropy of a multi-turn agent? Five seeds of the small environment, with and without it.
+"""Does EPO calm the entropy of a multi-turn agent? Five seeds of a small environment, with and without it.
 
 Run from the repository, with the extra `plots`:
 
     python recipes/study/epo_oscillation.py
 
-Seeds 0 to 4; each seed's policy, data order and sampling seed are the same in every arm. About 15 minutes of one
-core. Results are kept run by run in `epo_oscillation.json` beside this file, so a second call continues where the
-first one stopped; `--report` only draws the figure and writes the tables of `epo_oscillation.md` again.
+Seeds 0 to 4; each seed's policy, data order and sampling seed are the same in every arm. Half an hour of one core.
+Results are kept run by run in `epo_oscillation.json` beside this file, so a second call continues where the first one
+stopped; `--report` only draws the figure and writes the tables of `epo_oscillation.md` again.
 
-The setting is that of `recipes/epo-corridor.yaml`. Oscillation is what arXiv 2509.22576 looks at: the standard
-deviation, from RL step 10 on, of the change of mean token entropy from one RL step to the next. Entropies are those of
-the rollout policy on its own rollout (64 episodes).
+Two settings: that of `recipes/epo-corridor.yaml`, and the same with 1.5 times its learning rate, where GRPO is no
+longer stable. Oscillation is what arXiv 2509.22576 looks at: the standard deviation, from RL step 10 on, of the change
+of mean token entropy from one RL step to the next. Entropies are those of the rollout policy on its own rollout (64
+episodes).
 """
 
 import argparse
@@ -19,7 +20,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import get_task
 from trl_entropy.trainers.contact import loss_mask
 
+BONUS = "GRPO + entropy bonus 0.02"
+SETTINGS: dict[str, dict[str, float]] = {"recipe": {}, "steep": {"learning_rate": 1.5e-3}}
 ARMS = {
     "GRPO": {"epo_coef": 0.0},
     "GRPO + EPO, lambda 0.001": {"epo_coef": 0.001},
-    "GRPO + entropy bonus 0.02": {"epo_coef": 0.02, "epo_penalty": 0.0},
+    BONUS: {"epo_coef": 0.02, "epo_penalty": 0.0},
     "GRPO + EPO, lambda 0.02": {"epo_coef": 0.02},
     "GRPO + EPO, lambda 0.02, alpha 2": {"epo_coef": 0.02, "epo_penalty": 2.0},
 }
@@ -78,14 +81,14 @@ class RecordingTrainer(EntropyGRPOTrainer):
         )
 
 
-def run(arm: str, seed: int, output_dir: str) -> dict[str, Any]:
+def run(setting: str, arm: str, seed: int, output_dir: str) -> dict[str, Any]:
     """Train one arm with one seed; returns its rollouts and the success rate on the 400 held-out episodes."""
     task = get_task("corridor")
     assert task.build_policy is not None
     assert task.build_rollout is not None
     policy = task.build_policy(os.path.join(output_dir, f"policy-{seed}"), seed)
-    overrides = {"seed": seed, "output_dir": output_dir, "disable_tqdm": True, "num_generations_eval": 1, **ARMS[arm]}
-    overrides["per_device_eval_batch_size"] = 100
+    overrides = {"seed": seed, "output_dir": output_dir, "disable_tqdm": True, **SETTINGS[setting], **ARMS[arm]}
+    overrides |= {"num_generations_eval": 1, "per_device_eval_batch_size": 100}
     argv = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
     _, config, _, _ = parse(["--config", str(recipe_path("epo-corridor")), *argv])
     with task.build_rollout() as rollout:
@@ -109,18 +112,25 @@ def oscillation(rollouts: list[dict[str, Any]]) -> float:
     return statistics.stdev(after - before for before, after in pairwise(entropies))
 
 
-def late_mean(pick: Callable[[dict[str, Any]], float]) -> Callable[[dict[str, Any]], float]:
-    """Mean of a quantity of the last `LAST_STEPS` rollouts of a run."""
-    return lambda result: statistics.fmean(pick(rollout) for rollout in result["rollouts"][-LAST_STEPS:])
+def level(rollouts: list[dict[str, Any]]) -> float:
+    """Mean entropy of the steps that `oscillation` looks at, nats."""
+    return statistics.fmean(rollout["entropy"] for rollout in rollouts[FIRST_STEP:])
+
+
+def mean_of(pick: Callable[[dict[str, Any]], float], last: int = 0) -> Callable[[dict[str, Any]], float]:
+    """Mean of a quantity of a run's rollouts, of the last ones where `last` is not 0."""
+    return lambda result: statistics.fmean(pick(rollout) for rollout in result["rollouts"][-last:])
 
 
 QUANTITIES: dict[str, Callable[[dict[str, Any]], float]] = {
     "oscillation (nats)": lambda result: oscillation(result["rollouts"]),
+    "relative to entropy": lambda result: oscillation(result["rollouts"]) / level(result["rollouts"]),
     "success, held-out": lambda result: result["test_success"],
-    "success, last steps": late_mean(lambda rollout: rollout["success"]),
-    "entropy, last steps": late_mean(lambda rollout: rollout["entropy"]),
-    "entropy, turns 1-3": late_mean(lambda rollout: statistics.fmean(rollout["turns"][EARLY_TURNS])),
-    "entropy, turns 12-14": late_mean(lambda rollout: statistics.fmean(rollout["turns"][DOOR_TURNS])),
+    "success, all steps": mean_of(lambda rollout: rollout["success"]),
+    "success, last steps": mean_of(lambda rollout: rollout["success"], LAST_STEPS),
+    "entropy, last steps": mean_of(lambda rollout: rollout["entropy"], LAST_STEPS),
+    "of turns 1-3": mean_of(lambda rollout: statistics.fmean(rollout["turns"][EARLY_TURNS]), LAST_STEPS),
+    "of turns 12-14": mean_of(lambda rollout: statistics.fmean(rollout["turns"][DOOR_TURNS]), LAST_STEPS),
 }
 
 
@@ -130,58 +140,63 @@ def interval(values: Iterable[float]) -> str:
     return f"{statistics.fmean(values):.3f} ± {T_95 * statistics.stdev(values) / len(values) ** 0.5:.3f}"
 
 
-def table(results: dict[str, Any], minus: str | None = None) -> str:
-    """Markdown table of all quantities; with `minus`, of the paired difference from that arm."""
-    arms = [arm for arm in ARMS if arm != minus]
+def table(runs: dict[str, list[dict[str, Any]]], minus: str | None = None) -> str:
+    """Markdown table of all quantities of the arms' runs; with `minus`, of the paired difference from that arm."""
     lines = ["| arm | " + " | ".join(QUANTITIES) + " |", "|---" * (len(QUANTITIES) + 1) + "|"]
-    for arm in arms:
+    for arm in (arm for arm in ARMS if arm != minus):
         cells = []
         for quantity in QUANTITIES.values():
-            values = [quantity(results[f"{arm} / {seed}"]) for seed in SEEDS]
-            base = [quantity(results[f"{minus} / {seed}"]) if minus else 0.0 for seed in SEEDS]
+            values = [quantity(result) for result in runs[arm]]
+            base = [quantity(result) for result in runs[minus]] if minus else [0.0] * len(values)
             cells.append(interval(value - other for value, other in zip(values, base, strict=True)))
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def draw(results: dict[str, Any]) -> None:
-    """Entropy and success against the RL step, and entropy against the turn, means over the seeds."""
+def draw(results: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+    """Entropy and success against the RL step, and entropy against the turn: means over the seeds, a row a setting."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (entropy, success, by_turn) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    for arm in ARMS:
-        runs = [results[f"{arm} / {seed}"]["rollouts"] for seed in SEEDS]
-        (line,) = entropy.plot(_mean(runs, "entropy"), label=arm)
-        for rollouts in runs:
-            entropy.plot([r["entropy"] for r in rollouts], color=line.get_color(), alpha=0.2, linewidth=0.7)
-        success.plot(_mean(runs, "success"))
-        last = [rollout["turns"] for rollouts in runs for rollout in rollouts[-LAST_STEPS:]]
-        longest = max(map(len, last))
-        columns = [[turns[i] for turns in last if len(turns) > i] for i in range(longest)]
-        by_turn.plot(range(1, longest + 1), [statistics.fmean(column) for column in columns])
-    entropy.set(xlabel="RL step", ylabel="mean token entropy (nats)", title="Entropy; thin: single seeds")
-    success.set(xlabel="RL step", ylabel="success rate of the rollout", title="Success")
-    by_turn.set(xlabel="turn", ylabel="mean token entropy (nats)", title=f"Entropy by turn, last {LAST_STEPS} steps")
-    entropy.legend(fontsize=8)
-    figure.savefig(FIGURE, dpi=110)
+    figure, rows = plt.subplots(len(SETTINGS), 3, figsize=(15, 4.2 * len(SETTINGS)), layout="constrained")
+    for (entropy, success, by_turn), (setting, arms) in zip(rows, results.items(), strict=True):
+        for arm, runs in arms.items():
+            (line,) = entropy.plot(_mean(runs, "entropy"), label=arm)
+            for result in runs:
+                entropies = [rollout["entropy"] for rollout in result["rollouts"]]
+                entropy.plot(entropies, color=line.get_color(), alpha=0.2, linewidth=0.7)
+            success.plot(_mean(runs, "success"))
+            last = [rollout["turns"] for result in runs for rollout in result["rollouts"][-LAST_STEPS:]]
+            longest = max(map(len, last))
+            columns = [[turns[i] for turns in last if len(turns) > i] for i in range(longest)]
+            by_turn.plot(range(1, longest + 1), [statistics.fmean(column) for column in columns])
+        entropy.set(xlabel="RL step", ylabel="mean token entropy (nats)", title=f"{setting}: entropy; thin: one seed")
+        success.set(xlabel="RL step", ylabel="success rate of the rollout", title=f"{setting}: success")
+        by_turn.set(xlabel="turn", ylabel="mean token entropy (nats)", title=f"{setting}: last {LAST_STEPS} steps")
+        entropy.legend(fontsize=8)
+    figure.savefig(FIGURE, dpi=90)
 
 
-def _mean(runs: list[list[dict[str, Any]]], name: str) -> list[float]:
-    return [statistics.fmean(rollout[name] for rollout in step) for step in zip(*runs, strict=True)]
+def _mean(runs: list[dict[str, Any]], name: str) -> list[float]:
+    steps = zip(*(result["rollouts"] for result in runs), strict=True)
+    return [statistics.fmean(rollout[name] for rollout in step) for step in steps]
 
 
 def report(results: dict[str, Any]) -> None:
     """Draw the figure and replace the tables of the section, between its markers."""
-    draw(results)
-    tables = {"values": table(results), "differences": table(results, minus="GRPO")}
+    grouped = {
+        setting: {arm: [results[f"{setting} / {arm} / {seed}"] for seed in SEEDS] for arm in ARMS}
+        for setting in SETTINGS
+    }
+    draw(grouped)
     text = SECTION.read_text(encoding="utf-8")
-    for name, lines in tables.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, rest = text.split(start)
-        text = before + start + lines + end + rest.split(end)[1]
+    for setting, runs in grouped.items():
+        for name, minus in {"values": None, "minus GRPO": "GRPO", "minus bonus": BONUS}.items():
+            start, end = f"<!-- {setting}: {name} -->\n", "\n<!-- end -->"
+            before, rest = text.split(start)
+            text = before + start + table(runs, minus) + end + rest.split(end, maxsplit=1)[1]
     SECTION.write_text(text, encoding="utf-8")
 
 
@@ -190,11 +205,12 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only draw the figure and the tables again")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    missing = [(arm, seed) for seed in SEEDS for arm in ARMS if f"{arm} / {seed}" not in results]
-    for arm, seed in [] if arguments.report else missing:
-        with tempfile.TemporaryDirectory() as folder:
-            results[f"{arm} / {seed}"] = run(arm, seed, folder)
-        RESULTS.write_text(json.dumps(results), encoding="utf-8")
+    for setting, seed, arm in [] if arguments.report else product(SETTINGS, SEEDS, ARMS):
+        name = f"{setting} / {arm} / {seed}"
+        if name not in results:
+            with tempfile.TemporaryDirectory() as folder:
+                results[name] = run(setting, arm, seed, folder)
+            RESULTS.write_text(json.dumps(results), encoding="utf-8")
     report(results)
 
 

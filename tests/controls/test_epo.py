@@ -51,9 +51,11 @@ def test_hinge_by_hand():
     means = {name: (m.totals()[0] / m.totals()[1]).item() for name, m in metrics.items()}
     assert means == {
         "epo/beta": 2.0,
+        "epo/history": 2.0,
         "epo/corridor_low": 1.0,
         "epo/corridor_high": 3.0,
         "epo/below_fraction": 0.0,
+        "epo/inside_fraction": pytest.approx(4 / 6),
         "epo/above_fraction": pytest.approx(2 / 6),
         "epo/outside_fraction": pytest.approx(2 / 6),
         "epo/penalty": pytest.approx(4 / 6),

@@ -1,15 +1,21 @@
 """The rollout of episodes: tokens, masks, limits, crashes, and what training makes of them."""
 
 import gc
+import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
+from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
+from trl_entropy.controls.epo import turn_indices
+from trl_entropy.critics import CriticEnsemble
 from trl_entropy.tasks.multi_turn import EnvironmentCrash, MultiTurnRollout, Step, episode_reward
+from trl_entropy.telemetry.metrics import TokenMeans, turn_entropies
 
 CHAT = (
     "{% for m in messages %}{{ m.role[0] + '-' + m.content }}{{ '<eos>' if m.role == 'assistant' else '' }} "
@@ -283,6 +289,10 @@ def test_reward_is_the_return_and_logs_what_counts():
     assert logged == pytest.approx(
         {"episode/discarded_fraction": 1 / 3, "episode/success_rate": 0.5, "episode/turns": 3.5}
     )
+    columns = {"episode_return": [None], "success": [None], "episode_turns": [1]}
+    assert episode_reward([""], [""], **columns, log_metric=logged.__setitem__) == [None]
+    nothing = {"episode/discarded_fraction": 1.0, "episode/success_rate": math.nan, "episode/turns": math.nan}
+    assert logged == pytest.approx(nothing, nan_ok=True)
     with pytest.raises(ValueError, match="give the trainer the task's rollout"):
         episode_reward([""], [""])
 
@@ -327,7 +337,8 @@ def watch_loss(monkeypatch):
         result = forward(self, *args, **kwargs)
         if result[0].requires_grad:
             result[0].retain_grad()
-            result[1].retain_grad()
+            if result[1].requires_grad:  # TRL below 1.16 detaches the entropies where nothing needs them
+                result[1].retain_grad()
             seen[-1] = (seen[-1][0], *result[:2])
         return result
 
@@ -368,6 +379,107 @@ def test_training_never_touches_observations(make_trainer, monkeypatch):
     assert log["completions/max_length"] <= 6  # two turns of three tokens: observations are not counted
 
 
+def test_critics_and_controls_leave_observations_alone(make_trainer, tiny_model_path, monkeypatch):
+    """AsyPPO with EPO and the clipping controls: neither the policy nor a critic is trained on an observation."""
+    seen, trained_masks, own = watch_loss(monkeypatch), [], CriticEnsemble.train_on
+
+    def train_on(self, ids, attention, mask, targets, **kwargs):
+        trained_masks.append(mask)
+        return own(self, ids, attention, mask, targets, **kwargs)
+
+    monkeypatch.setattr(CriticEnsemble, "train_on", train_on)
+    settings = {"trainer_class": partial(AsyPPOTrainer, critics=tiny_model_path), "config_class": AsyPPOConfig}
+    trainer = multi_turn_trainer(make_trainer, **settings, **CONTROLS)
+    trainer.train()
+    assert (len(seen), len(trained_masks)) == (4, 2)
+    advantages = []
+    for inputs, logps, entropies in seen:
+        written = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+        assert (inputs["completion_mask"].bool() & ~written).any(1).all()
+        for values in (logps, entropies):
+            assert (values.grad[~written] == 0).all()
+            assert (values.grad[written] != 0).any()
+        assert (inputs["advantages"][~written] == 0).all()
+        advantages.append(inputs["advantages"][written])
+    assert torch.cat(advantages).std() > 0
+    for mask in trained_masks:
+        assert turn_indices(mask).amax(1).tolist() == [1] * len(mask)  # two turns with an observation between them
+    log = trainer.state.log_history[0]
+    assert {"epo/beta", "entropy/turn_1", "entropy/turn_2", "asyppo/explained_variance"} <= set(log)
+    assert len(trainer._entropy_history.turn_steps[0]) == 2
+
+
+def turn_means(batches):
+    """Mean entropy of each turn over the tokens of all batches, found token by token."""
+    turns = {}
+    for inputs, _, entropies in batches:
+        for flags, row in zip((inputs["completion_mask"] * inputs["tool_mask"]).tolist(), entropies, strict=True):
+            turn, previous = 0, 0
+            for flag, entropy in zip(flags, row.tolist(), strict=True):
+                turn += flag and not previous
+                previous = flag
+                if flag:
+                    turns.setdefault(turn, []).append(entropy)
+    return {f"entropy/turn_{turn}": sum(values) / len(values) for turn, values in turns.items()}
+
+
+@pytest.mark.parametrize("controls", [{}, {"epo_coef": 0.1}, CONTROLS], ids=["none", "epo", "all"])
+def test_entropy_by_turn_is_logged(make_trainer, monkeypatch, controls):
+    seen = watch_loss(monkeypatch)
+    settings = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2}
+    trainer = multi_turn_trainer(make_trainer, max_steps=2, **settings, **controls)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "entropy" in entry]
+    assert len(logs) == 2
+    for step, log in enumerate(logs):
+        expected = turn_means(seen[2 * step : 2 * step + 2])  # two micro-batches an optimizer step
+        assert set(expected) == {"entropy/turn_1", "entropy/turn_2"}
+        assert {key: log[key] for key in log if key.startswith("entropy/")} == pytest.approx(expected, rel=1e-5)
+        assert abs(log["entropy/turn_1"] - log["entropy/turn_2"]) > 1e-3
+
+
+def test_entropy_of_many_turns_is_logged_in_bounded_metrics():
+    # 40 turns of one token each, with entropy = number of the turn, and an observation after each
+    mask = torch.tensor([[True, False] * 40])
+    entropies = torch.arange(1.0, 41.0).repeat_interleave(2).unsqueeze(0)
+    means = TokenMeans()
+    means.add(turn_entropies(entropies, mask))
+    means.close_window(lambda totals: totals)
+    assert means.pop() == {
+        **{f"entropy/turn_{turn}": turn for turn in range(1, 9)},
+        "entropy/turns_9_to_16": 12.5,
+        "entropy/turns_17_to_32": 24.5,
+        "entropy/turns_from_33": 36.5,
+    }
+
+
+def test_episodes_of_one_turn_have_no_entropy_by_turn(make_trainer):
+    trainer = make_trainer(epo_coef=0.1, max_steps=1)
+    trainer.train()
+    assert not [key for entry in trainer.state.log_history for key in entry if key.startswith("entropy/")]
+
+
+def test_without_control_episodes_are_trained_on_as_trl_does(make_trainer, tmp_path):
+    weights = []
+    for trainer_class, config_class in (
+        (EntropyGRPOTrainer, EntropyGRPOConfig),
+        (EntropyGRPOTrainer, GRPOConfig),
+        (GRPOTrainer, GRPOConfig),
+    ):
+        trainer = multi_turn_trainer(
+            make_trainer,
+            output_dir=tmp_path / str(len(weights)),
+            trainer_class=trainer_class,
+            config_class=config_class,
+            num_iterations=2,
+        )
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+        assert any(not torch.equal(before[name], value) for name, value in weights[-1].items())
+    assert all(torch.equal(found[name], value) for found in weights[:2] for name, value in weights[2].items())
+
+
 def test_discarded_episode_teaches_nothing(make_trainer, monkeypatch):
     seen = watch_loss(monkeypatch)
     crashed = []
@@ -394,6 +506,20 @@ def test_discarded_episode_teaches_nothing(make_trainer, monkeypatch):
     assert log["episode/discarded_fraction"] == 1 / 16
     # the other three of its group are normalised among themselves, so all advantages sum to nearly nothing
     assert advantages.sum().abs() < 1e-3
+
+
+def test_rollout_whose_episodes_were_all_discarded_leaves_the_policy_alone(make_trainer):
+    class Broken(Guess):
+        def step(self, action):
+            raise EnvironmentCrash("on request")
+
+    trainer = multi_turn_trainer(make_trainer, Broken, max_steps=2, **CONTROLS)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+    assert [entry["episode/discarded_fraction"] for entry in trainer.state.log_history[:1]] == [1.0]
+    trainer._entropy_history.finish_step(lambda totals: totals)
+    assert len(trainer._entropy_history) == 0
 
 
 def test_evaluation_plays_too(make_trainer):

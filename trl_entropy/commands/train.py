@@ -335,10 +335,10 @@ def _loader(
             f"{' and '.join(chosen) + ' are' if chosen else 'None is'} set: set exactly one of task, dataset_name and "
             "datasets. A task's own rows are chosen with task_args."
         )
+    names = {"train": script.dataset_train_split, "test": script.dataset_test_split}
     if task is not None:
         arguments = _task_arguments(script, task)
-        return lambda split: task.load(split, **arguments)
-    names = {"train": script.dataset_train_split, "test": script.dataset_test_split}
+        return lambda split: task.load(names[split], **arguments)
     if mixture.datasets:
         splits, test_size = get_dataset(mixture), 0.0
     else:

