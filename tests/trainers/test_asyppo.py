@@ -229,7 +229,7 @@ SWITCH, END = 0.0004, 0.04
 
 
 def markov_chain():
-    """Transition probabilities of the tokens: odd and even digits seldom follow each other, and each may be the last."""
+    """Transition probabilities of the tokens: odd and even digits seldom follow each other, any may be the last."""
     chain = torch.full((len(VOCABULARY), len(VOCABULARY)), 1e-9, dtype=torch.float64)
     index = {token: i for i, token in enumerate(VOCABULARY)}
     for own, other in ((ODD, EVEN), (EVEN, ODD)):
