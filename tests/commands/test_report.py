@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.telemetry.made_record import write_record
 from trl_entropy.commands.report import main
 from trl_entropy.telemetry import figures
 
@@ -44,6 +45,20 @@ def test_output_is_where_it_is_asked_for(run_folder: Path, tmp_path: Path) -> No
 def test_wrong_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"trl-entropy report: error: .*none holds no run"):
         main([str(tmp_path / "none")])
+
+
+def test_recorded_tokens_are_shown(run_folder: Path) -> None:
+    write_record(run_folder, 5)
+    main([str(run_folder)])
+    assert "four classes of tokens" in (run_folder / "report.html").read_text(encoding="utf-8")
+    assert (run_folder / "report_figures" / "token_classes.csv").is_file()
+
+
+def test_broken_record_is_one_line(run_folder: Path) -> None:
+    write_record(run_folder, 5)
+    next((run_folder / "tokens").iterdir()).write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"trl-entropy report: error: .*\.parquet is not a Parquet file"):
+        main([str(run_folder)])
 
 
 def test_missing_matplotlib_names_the_extra(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The figures: which points are drawn, and what is written."""
 
+import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,33 @@ def test_long_name_is_shortened(tmp_path: Path) -> None:
     svg = draw(REWARD, [run("x" * 300, 0.1, 0.2)], tmp_path / "reward")
     assert svg is not None
     assert "x" * 39 + "…" in texts(svg)
+
+
+def corridor_run(name: str, **metrics: float) -> Run:
+    return Run(name, [{"step": step, "entropy": 0.5, **metrics} for step in (1, 2)])
+
+
+def test_band_is_shaded_for_the_runs_that_have_it() -> None:
+    corridor = next(figure for figure in FIGURES if figure.name == "epo_corridor")
+    edges = {"epo/corridor_low": 0.4, "epo/corridor_high": 0.7}
+    (axis,) = figures._canvas(corridor, [corridor_run("none"), corridor_run("some", **edges)]).axes
+    assert {line.get_color() for line in axis.lines} == {figures.COLOURS[1]}
+    bounds = axis.collections[-1].get_paths()[0].get_extents()
+    assert (bounds.y0, bounds.y1) == pytest.approx((0.4, 0.7))
+
+
+def test_numbers_are_written_beside_the_figure(tmp_path: Path) -> None:
+    corridor = next(figure for figure in FIGURES if figure.name == "epo_corridor")
+    edges = {"epo/corridor_low": 0.4, "epo/corridor_high": 0.7}
+    assert draw(corridor, [corridor_run("mine, of course", **edges)], tmp_path / "epo") is not None
+    header, *rows = csv.reader((tmp_path / "epo.csv").read_text(encoding="utf-8").splitlines())
+    assert header == ["panel", "run", "series", "x", "y"]
+    panel, name = "entropy (nats per token)", "mine, of course"
+    assert rows == [
+        [panel, name, series, step, value]
+        for series, value in (("as logged", "0.5"), ("epo/corridor_low", "0.4"), ("epo/corridor_high", "0.7"))
+        for step in ("1.0", "2.0")
+    ]
 
 
 def test_same_data_is_the_same_file(tmp_path: Path) -> None:

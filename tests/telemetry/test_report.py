@@ -1,16 +1,23 @@
 """Reading run folders and writing the page."""
 
+import html as html_module
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.telemetry.made_record import write_record
+from trl_entropy.telemetry.completions import MARKS
+from trl_entropy.telemetry.diagnosis import MIN_ENTRIES
 from trl_entropy.telemetry.figures import FIGURES
 from trl_entropy.telemetry.report import write_report
 from trl_entropy.telemetry.runs import read_runs
+from trl_entropy.telemetry.token_figures import TOKEN_FIGURES
 
 pytest.importorskip("matplotlib")
 
@@ -131,8 +138,10 @@ def test_files_beside_the_page_are_where_its_links_say(tmp_path: Path) -> None:
     links = [value for key, value in page.attributes if key == "href" and value and not value.startswith("#")]
     assert "a%20%26%20b_figures/reward.png" in links
     assert sorted(path.name for path in (output.parent / "a & b_figures").iterdir()) == [
+        "entropy.csv",
         "entropy.png",
         "entropy.svg",
+        "reward.csv",
         "reward.png",
         "reward.svg",
     ]
@@ -177,3 +186,150 @@ def test_report_of_a_bare_run_says_what_is_missing(tmp_path: Path) -> None:
 def test_result_with_the_accuracy_after_alone_is_shown(tmp_path: Path) -> None:
     page = page_of([write_run(tmp_path / "run", [], {"accuracy_after": 1.0})], tmp_path / "report.html")
     assert re.search(r"run\s*-\s*1\.000\s*-\s*-\s*-", page.text)
+
+
+def test_findings_are_at_the_top_run_by_run(tmp_path: Path) -> None:
+    collapsed = [{"step": step, "reward": 0.5, "entropy": 0.8 * 0.8**step} for step in range(2 * MIN_ENTRIES)]
+    folders = [
+        write_run(tmp_path / "collapsed", collapsed),
+        write_run(tmp_path / "calm", history(steps=MIN_ENTRIES)),
+        write_run(tmp_path / "short", history(steps=MIN_ENTRIES - 1)),
+    ]
+    text = re.sub(r"\s+", " ", page_of(folders, tmp_path / "report.html").text)
+    assert re.search(
+        r"Diagnosis collapsed Entropy collapse: .*? Try ce_gppo_alpha2=1 .*? Nothing found in calm:", text
+    )
+    assert "fewer than 16 log entries are not judged: short." in text
+    assert text.index("Diagnosis") < text.index("Training")
+
+
+def test_report_of_a_single_run_needs_no_names(tmp_path: Path) -> None:
+    short, quiet = (
+        page_of([write_run(tmp_path / str(n), history(steps=n))], tmp_path / "r.html").text for n in (3, 16)
+    )
+    assert "fewer than 16 log entries are not judged." in short
+    assert "Nothing found" not in short
+    assert "Nothing found: no entropy collapse" in quiet
+    assert "not judged" not in quiet
+
+
+CONTROLS = {"erc_low": 0.95, "erc_high": 1.05}
+FLAGS = {
+    "erc_clipped": [1, 0, 0, 0] * 10,
+    "ppo_low": [0, 1, 0, 0] * 10,
+    "advantage_masked": [0, 0, 1, 0] * 10,
+    "entropy_filtered": [1, 0, 0, 0] * 10,
+    "value_std": [0.1, 0.2] * 20,
+    "value_mean": 0.5,
+    "turn": [0] * 20 + [1] * 20,
+    "A": [1.0, -1.0] * 20,
+}
+
+
+def write_recorded_run(folder: Path, **columns: Any) -> Path:
+    """A run with 40 sampled tokens, and a completion of 40 tokens that is recorded whole."""
+    write_run(folder, history())
+    write_record(folder, 40, step=1, settings=CONTROLS, **FLAGS)
+    write_record(folder, 40, step=2, whole=1, settings=CONTROLS, **{**FLAGS, **columns})
+    return folder
+
+
+def test_record_gives_figures_and_completions(tmp_path: Path) -> None:
+    page = page_of([write_recorded_run(tmp_path / "run")], tmp_path / "report.html")
+    assert all(figure.title in page.text and figure.reading in page.text for figure in TOKEN_FIGURES)
+    files = {path.name for path in (tmp_path / "report_figures").iterdir()}
+    assert {f"{figure.name}.{kind}" for figure in TOKEN_FIGURES for kind in ("svg", "png", "csv")} <= files
+    assert "Step 2, completion 0: 40 tokens, advantage +0; 10 of 40 clipped by ERC" in page.text
+    shown = {mark for mark in MARKS if mark.meaning in page.text}
+    assert {mark.letter for mark in shown} == {"E", "L", "M", "F"}
+    labels = [value for key, value in page.attributes if key == "aria-label"]
+    assert len([label for label in labels if label and label.startswith("a: ")]) == 30
+    assert len([key for key, _ in page.attributes if key == "tabindex"]) == 30
+    assert page.text.count("aEF") == 10  # the letters of both marks stand beside the token
+
+
+def test_report_without_a_record_says_how_to_get_one(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "bare", history())]
+    assert "With record_tokens=256 a run records" in page_of(folders, tmp_path / "report.html").text
+    folders.append(write_recorded_run(tmp_path / "recorded"))
+    assert "record_tokens=256" not in page_of(folders, tmp_path / "report.html").text
+
+
+def test_broken_record_is_an_error(tmp_path: Path) -> None:
+    folder = write_recorded_run(tmp_path / "run")
+    next((folder / "tokens").iterdir()).write_bytes(b"")
+    with pytest.raises(ValueError, match="is not a Parquet file"):
+        write_report([folder], tmp_path / "report.html")
+
+
+HOSTILE = [
+    "<script>document.title = 'run'</script>",
+    '"><img src=x onerror="document.title = 1">',
+    "</span></p></details></body>",
+    "' onfocus='document.title = 2' autofocus='",
+    "<!--",
+    "\n",
+    "\u202e",
+    "&lt;b&gt;",
+]
+
+
+def hostile_run(folder: Path) -> Path:
+    tokens = (HOSTILE * 5)[:40]
+    return write_recorded_run(folder, token=tokens, position=[-2, -1, *range(38)], written=[0, 0] + [1] * 38)
+
+
+def test_completion_is_shown_and_not_run(tmp_path: Path) -> None:
+    html = write_report([hostile_run(tmp_path / "run")], tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert "<script" not in html
+    assert not {"script", "img"} & set(page.elements)
+    assert not {"onerror", "onfocus", "autofocus"} & {key for key, _ in page.attributes}
+    for text in HOSTILE:
+        assert page.text.count(text.replace("\n", "\u23ce\n")) >= 4
+    assert html.count("</body>") == 1
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """<pre id="probe"></pre><script>
+const token = document.querySelector('.m[tabindex]');
+token.focus();
+const detail = getComputedStyle(token, '::after');
+document.querySelector('#probe').textContent = JSON.stringify({
+  title: document.title, width: innerWidth, needed: document.documentElement.scrollWidth,
+  focused: document.activeElement === token, detail: detail.content, position: detail.position,
+  resources: performance.getEntriesByType('resource').length,
+  svg: Math.max(...[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().right)),
+});
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
+    assert CHROMIUM is not None
+    html = write_report([hostile_run(tmp_path / "run")], tmp_path / "report.html", "Mine").read_text(encoding="utf-8")
+    (tmp_path / "page.html").write_text(html.replace("</body>", PROBE), encoding="utf-8")
+    # a window cannot be as narrow as a phone, a frame can
+    frame = (
+        f'<iframe style="width:{width}px;height:800px" srcdoc="{html_module.escape(html.replace("</body>", PROBE))}">'
+    )
+    (tmp_path / "frame.html").write_text(
+        f"""<body>{frame}</iframe><pre id="found"></pre><script>onload = () => {{
+        document.querySelector("#found").textContent =
+            document.querySelector("iframe").contentDocument.querySelector("#probe").textContent; }}</script></body>"""
+    )
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    match = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
+    assert match, done.stderr[-2000:]
+    found = json.loads(html_module.unescape(match[1]))
+    assert found["title"] == "Mine"  # no token's script ran
+    assert found["resources"] == 0
+    assert found["width"] == width
+    assert found["needed"] <= width
+    assert found["svg"] <= width
+    assert found["focused"]
+    assert "probability" in found["detail"]
+    assert found["position"] == "fixed"

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from tests.stubbed import stub_forward
+from tests.tasks.test_multi_turn import multi_turn_trainer
+from tests.trainers.test_grpo import assert_same_weights, weights
 
 COEF, PENALTY, GAMMA, KAPPAS = 0.3, 0.4, 3.0, (0.7, 1.1)
 EPO = {"epo_coef": COEF, "epo_penalty": PENALTY, "epo_gamma": GAMMA, "epo_kappa_low": 0.7, "epo_kappa_high": 1.1}
@@ -204,6 +206,7 @@ def test_history_in_training_is_the_rollouts_mean_entropy(make_trainer, tiny_dat
     low = logged(trainer, "epo/corridor_low")
     assert low[0] == pytest.approx(0.8 * rollouts[0], rel=1e-5)
     assert len(low) == 8 - 8 // num_steps
+    assert logged(trainer, "epo/history")[-1] == pytest.approx(sum(rollouts[:-1]) / len(rollouts[:-1]), rel=1e-5)
     assert len(logged(trainer, "eval_epo/beta")) == 4
 
 
@@ -213,6 +216,24 @@ def test_total_steps_also_come_from_epochs(make_trainer, tiny_dataset):
     trainer.train()
     assert trainer.state.global_step == 16
     assert logged(trainer, "epo/beta")[-1] == pytest.approx(1 + math.exp(-3 * 7 / 4), rel=1e-6)
+
+
+@pytest.mark.parametrize("history", ["scalar", "per_turn"])
+def test_resumed_training_on_episodes_has_the_same_history_and_weights(make_trainer, tmp_path, history):
+    """A checkpoint in the middle of the second of three rollouts: one finished RL step, and one that runs."""
+    settings = {"epo_coef": 0.5, "epo_history": history, "output_dir": tmp_path / "run"}
+    settings |= {"steps_per_generation": 4, "max_steps": 10, "save_strategy": "steps", "save_steps": 6}
+    whole = multi_turn_trainer(make_trainer, **settings)
+    whole.train()
+    resumed = multi_turn_trainer(make_trainer, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert [len(turns) for turns in whole._entropy_history.turn_steps] == [2, 2]
+    assert resumed._entropy_history.steps == whole._entropy_history.steps
+    assert resumed._entropy_history.turn_steps == whole._entropy_history.turn_steps
+    for key in ("epo/beta", "epo/corridor_low", "epo/penalty", "entropy/turn_2"):
+        assert len(logged(whole, key)) >= 6
+        assert logged(resumed, key) == logged(whole, key), key
+    assert_same_weights(weights(resumed), weights(whole))
 
 
 def test_gradient_reaches_the_policy(make_trainer):

@@ -30,6 +30,7 @@ from trl_entropy.recipes import recipe_names, recipes_dir
 from trl_entropy.tasks import TASKS, Task, get_task
 from trl_entropy.tasks.rewards import TRL_REWARDS, check_reward_columns, load_reward_func, require_math_verify
 from trl_entropy.tasks.sources import Rows, drop_long_prompts, load_source, select_split
+from trl_entropy.telemetry.diagnosis import DiagnosisCallback
 from trl_entropy.telemetry.report import write_report
 from trl_entropy.trainers import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 from trl_entropy.trainers.resume import last_complete_checkpoint
@@ -219,6 +220,7 @@ def _trainer(
         "quantization_config": get_quantization_config(run.model),
         "peft_config": get_peft_config(run.model),
         "rollout_func": rollout_func,
+        "callbacks": [DiagnosisCallback()],
     }
     if not run.script.critics:
         return EntropyGRPOTrainer(**arguments)

@@ -1,1 +1,1 @@
-"""Metrics, figures and the report of a run."""
+"""Metrics, the recorder of tokens, figures, the diagnosis and the report of a run."""

@@ -1,7 +1,8 @@
 """The figures of a report: metrics against the optimizer step, one line a run. Drawing needs the extra `plots`."""
 
+import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,10 +28,12 @@ class Panel:
     Attributes:
         label: What the vertical axis shows, with its unit.
         keys: Metrics that hold it; the first that a log entry has is drawn.
+        band: Metrics of a lower and an upper edge, shaded behind the lines; the panel is drawn for runs that have it.
     """
 
     label: str
     keys: tuple[str, ...]
+    band: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,17 @@ FIGURES = (
         "Healthy: the clipped tokens have lower entropy (mostly so in the paper) or about the same; if it is far "
         "higher, ERC holds back the tokens that explore.",
     ),
+    Figure(
+        "epo_corridor",
+        "EPO's corridor",
+        (Panel("entropy (nats per token)", ("entropy",), band=("epo/corridor_low", "epo/corridor_high")),),
+        "Healthy: the entropy (line) stays inside the corridor (shaded) that its own history sets, or returns to it; "
+        "an entropy that leaves it for good is more than epo_coef and epo_penalty can hold.",
+    ),
 )
+
+CSV_HEADER = ("panel", "run", "series", "x", "y")
+Row = tuple[str, str, str, float | str, float]
 
 
 def require_plots() -> None:
@@ -134,7 +147,7 @@ def series(log_history: Sequence[dict[str, Any]], keys: Sequence[str]) -> tuple[
 
 
 def draw(figure: Figure, runs: Sequence[Run], stem: Path) -> str | None:
-    """Draw a figure and save it as `stem.svg` and `stem.png`.
+    """Draw a figure and save it as `stem.svg` and `stem.png`, and its numbers as `stem.csv`.
 
     The thin line is the metric as logged, the thick one its exponential moving average.
 
@@ -147,48 +160,110 @@ def draw(figure: Figure, runs: Sequence[Run], stem: Path) -> str | None:
     require_plots()
     from matplotlib import rc_context
 
-    if not any(series(run.log_history, panel.keys)[0] for panel in figure.panels for run in runs):
+    if not any(_points(run, panel)[0] for panel in figure.panels for run in runs):
         return None
+    with rc_context(rc_settings(figure.name)):
+        return save(_canvas(figure, runs), figure.title, stem, _rows(figure, runs))
+
+
+def rc_settings(name: str) -> Any:
+    """Matplotlib's settings for a figure."""
     # A fixed salt makes the same data the same file; its own per figure keeps the ids of a page apart.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.name, "font.size": 10}):
-        canvas = _canvas(figure, runs)
-        svg_file = stem.parent / f"{stem.name}.svg"
-        canvas.savefig(stem.parent / f"{stem.name}.png", dpi=160)
-        canvas.savefig(svg_file, metadata={"Date": None, "Creator": None, "Title": figure.title})
+    return {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}
+
+
+def save(canvas: "Canvas", title: str, stem: Path, rows: Iterable[Row]) -> str:
+    """Write `stem.png`, `stem.svg` and `stem.csv`; return the SVG element."""
+    svg_file = stem.parent / f"{stem.name}.svg"
+    canvas.savefig(stem.parent / f"{stem.name}.png", dpi=160)
+    canvas.savefig(svg_file, metadata={"Date": None, "Creator": None, "Title": title})
+    with open(stem.parent / f"{stem.name}.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([CSV_HEADER, *rows])
     svg = svg_file.read_text(encoding="utf-8")
     return svg[svg.index("<svg") :]
 
 
-def _canvas(figure: Figure, runs: Sequence[Run]) -> "Canvas":
+def look(index: int) -> dict[str, str]:
+    """Colour and line style of a run, the same in every figure."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
+
+
+def new_canvas(num_panels: int, share_x: bool = True) -> tuple["Canvas", list[Any]]:
+    """A canvas with panels below each other, and their axes."""
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(4.6, 1.3 + 1.6 * len(figure.panels)), layout="constrained")
-    axes = canvas.subplots(len(figure.panels), sharex=True, squeeze=False)[:, 0]
+    canvas = Canvas(figsize=(4.6, 1.3 + 1.6 * num_panels), layout="constrained")
+    axes = list(canvas.subplots(num_panels, sharex=share_x, squeeze=False)[:, 0])
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return canvas, axes
+
+
+def add_legend(canvas: "Canvas", handles: Sequence[Any], names: Sequence[str]) -> None:
+    """A legend above the panels."""
+    names = [shorten(name) for name in names]
+    columns = max(1, LEGEND_WIDTH // max([1, *map(len, names)]))
+    legend = canvas.legend(
+        list(handles), ["run"] * len(names), loc="outside upper left", ncols=columns, frameon=False, fontsize=9
+    )
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        plain_text(text, name)
+
+
+def plain_text(text: Any, name: str) -> None:
+    """Set a name as it is: it is data, in which matplotlib would read formulas and hidden labels."""
+    text.set_parse_math(False)
+    text.set_text(name)
+
+
+def _canvas(figure: Figure, runs: Sequence[Run]) -> "Canvas":
+    canvas, axes = new_canvas(len(figure.panels))
     shown: dict[int, Any] = {}
     for axis, panel in zip(axes, figure.panels, strict=True):
         for index, run in enumerate(runs):
-            steps, values = series(run.log_history, panel.keys)
+            steps, values = _points(run, panel)
             if steps:
-                colour, style = COLOURS[index % len(COLOURS)], LINE_STYLES[index % len(LINE_STYLES)]
-                marker = "o" if len(steps) == 1 else ""
+                colour, marker = COLOURS[index % len(COLOURS)], "o" if len(steps) == 1 else ""
                 axis.plot(steps, values, color=colour, alpha=0.35, linewidth=0.9, marker=marker)
-                (shown[index],) = axis.plot(steps, _smooth(values), color=colour, linestyle=style, linewidth=1.8)
+                (shown[index],) = axis.plot(steps, _smooth(values), **look(index), linewidth=1.8)
+            if panel.band:
+                axis.fill_between(
+                    *_band(run, panel.band), color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0
+                )
         if figure.from_zero:
             axis.set_ylim(bottom=0)
         axis.set_ylabel(panel.label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("optimizer step")
-    names = [_shorten(runs[index].name) for index in shown]
-    columns = max(1, LEGEND_WIDTH // max([1, *map(len, names)]))
-    legend = canvas.legend(
-        list(shown.values()), ["run"] * len(shown), loc="outside upper left", ncols=columns, frameon=False, fontsize=9
-    )
-    # A name is data: set it as plain text, or matplotlib reads formulas and hidden labels into it.
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_parse_math(False)
-        text.set_text(name)
+    add_legend(canvas, list(shown.values()), [runs[index].name for index in shown])
     return canvas
+
+
+def _points(run: Run, panel: Panel) -> tuple[list[float], list[float]]:
+    """What a panel shows of a run; nothing if the run lacks the panel's band."""
+    if panel.band and not _band(run, panel.band)[0]:
+        return [], []
+    return series(run.log_history, panel.keys)
+
+
+def _band(run: Run, keys: tuple[str, str]) -> tuple[list[float], list[float], list[float]]:
+    """Steps, lower and upper edge, where a log entry has both."""
+    both = [entry for entry in run.log_history if all(key in entry for key in keys)]
+    low, high = (dict(zip(*series(both, (key,)), strict=True)) for key in keys)
+    steps = [step for step in low if step in high]
+    return steps, [low[step] for step in steps], [high[step] for step in steps]
+
+
+def _rows(figure: Figure, runs: Sequence[Run]) -> Iterator[Row]:
+    for panel in figure.panels:
+        for run in runs:
+            for step, value in zip(*_points(run, panel), strict=True):
+                yield panel.label, run.name, "as logged", step, value
+            if panel.band:
+                steps, *edges = _band(run, panel.band)
+                for key, values in zip(panel.band, edges, strict=True):
+                    for step, value in zip(steps, values, strict=True):
+                        yield panel.label, run.name, key, step, value
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -199,7 +274,8 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def _shorten(name: str) -> str:
+def shorten(name: str) -> str:
+    """A name that fits a legend."""
     return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"
 
 

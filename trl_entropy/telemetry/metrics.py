@@ -1,11 +1,35 @@
 """Means over the tokens of the global batch, collected on the device and read when they are logged."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..controls import TokenMean
+from ..controls.epo import turn_indices
+
+TURNS = {
+    **{f"turn_{turn}": (turn, turn) for turn in range(1, 9)},
+    "turns_9_to_16": (9, 16),
+    "turns_17_to_32": (17, 32),
+    "turns_from_33": (33, math.inf),
+}
+"""Metrics of an episode's turns: the first and the last turn, from 1, that each is a mean over."""
+
+
+def turn_entropies(entropies: Tensor, mask: Tensor) -> dict[str, TokenMean]:
+    """Entropy by the turn that a token belongs to, for each of `TURNS`.
+
+    Args:
+        entropies: Nats, `(B, T)`.
+        mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
+    """
+    turns = turn_indices(mask) + 1
+    return {
+        f"entropy/{name}": TokenMean(entropies, mask & (turns >= first) & (turns <= last))
+        for name, (first, last) in TURNS.items()
+    }
 
 
 class TokenMeans:

@@ -1,20 +1,50 @@
 """The HTML report of one run, or of several side by side: one page that needs no network."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .figures import FIGURES, Figure, draw, require_plots
+from .completions import MARKS, Completion, completions_of
+from .diagnosis import MIN_ENTRIES, Finding, diagnose
+from .figures import FIGURES, draw, require_plots
+from .record import TokenRecord, read_record
 from .runs import Run, read_runs
+from .token_drawing import draw_tokens
+from .token_figures import TOKEN_FIGURES, RecordedRun
 
 ABSENT = "-"
 
 
+@dataclass(frozen=True)
+class DrawnFigure:
+    """A figure as the page shows it: name, title, SVG element, reading, and what its numbers say."""
+
+    name: str
+    title: str
+    svg: Markup
+    reading: str
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class TokenPage:
+    """What the page shows of the recorded tokens; `completions` are by the runs' names, `marks` those that occur."""
+
+    figures: list[DrawnFigure]
+    completions: dict[str, list[Completion]]
+
+    @property
+    def marks(self) -> list[Any]:
+        shown = [token for of_run in self.completions.values() for one in of_run for token in one.tokens]
+        return [mark for mark in MARKS if any(mark in token.marks for token in shown)]
+
+
 def write_report(folders: Sequence[str | Path], output: str | Path, title: str | None = None) -> Path:
-    """Write the page, and every figure as SVG and PNG in a folder beside it (`report_figures` for `report.html`).
+    """Write the page, and every figure as SVG, PNG and CSV in a folder beside it (`report_figures` for `report.html`).
 
     Args:
         folders: Run folders, as `read_runs` takes them.
@@ -35,16 +65,38 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str |
     figure_folder.mkdir(parents=True, exist_ok=True)
     figures = []
     for figure in FIGURES:
-        svg = draw(figure, runs, figure_folder / figure.name)
-        # matplotlib escapes the text that it writes into an SVG.
-        figures.append((figure, Markup(svg) if svg else None))
+        if svg := draw(figure, runs, figure_folder / figure.name):
+            # matplotlib escapes the text that it writes into an SVG.
+            figures.append(DrawnFigure(figure.name, figure.title, Markup(svg), figure.reading))
     title = title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared")
-    output.write_text(_render(title, runs, figures, figure_folder.name), encoding="utf-8")
+    page = _render(title, runs, figures, _token_page(runs, figure_folder), figure_folder.name)
+    output.write_text(page, encoding="utf-8")
     return output
 
 
+def _token_page(runs: Sequence[Run], figure_folder: Path) -> TokenPage:
+    records: dict[int, TokenRecord] = {}
+    for index, run in enumerate(runs):
+        record = read_record(run.folder) if run.folder else None
+        if record is not None:
+            records[index] = record
+    recorded = [RecordedRun(index, runs[index].name, record.sampled) for index, record in records.items()]
+    figures = []
+    for figure in TOKEN_FIGURES:
+        if drawn := draw_tokens(figure, recorded, figure_folder / figure.name):
+            svg, notes = drawn
+            figures.append(DrawnFigure(figure.name, figure.title, Markup(svg), figure.reading, notes))
+    completions = {runs[index].name: completions_of(record) for index, record in records.items()}
+    return TokenPage(figures, {name: found for name, found in completions.items() if found})
+
+
+def _findings(runs: Sequence[Run]) -> dict[str, list[Finding]]:
+    """The findings of each run that its log is long enough for."""
+    return {run.name: diagnose(run.log_history) for run in runs if len(run.log_history) >= MIN_ENTRIES}
+
+
 def _render(
-    title: str, runs: Sequence[Run], figures: Sequence[tuple[Figure, Markup | None]], figure_folder: str
+    title: str, runs: Sequence[Run], figures: Sequence[DrawnFigure], tokens: TokenPage, figure_folder: str
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -56,8 +108,11 @@ def _render(
         runs=runs,
         accuracies=[_accuracy_row(run) for run in runs if "accuracy_after" in run.result],
         num_problems=sorted({run.result["num_problems"] for run in runs if "num_problems" in run.result}),
-        figures=[(figure, svg) for figure, svg in figures if svg],
-        missing=[figure.title for figure, svg in figures if not svg],
+        findings=_findings(runs),
+        min_entries=MIN_ENTRIES,
+        figures=figures,
+        missing=[figure.title for figure in FIGURES if figure.name not in {drawn.name for drawn in figures}],
+        tokens=tokens,
         figure_folder=figure_folder,
         shared=shared,
         differing=differing,

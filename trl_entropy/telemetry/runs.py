@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ class Run:
         name: What the report calls it; unique among the runs read together.
         log_history: The trainer's log entries: `step` and the metrics of that step.
         result: What `result.json` holds: `accuracy_before`, `accuracy_after`, `settings`, ...; empty without one.
+        folder: Where the run is, and its record of tokens if it has one.
     """
 
     name: str
     log_history: list[dict[str, Any]]
     result: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -41,7 +43,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     found = [run for folder in folders for run in _read_folder(Path(folder), prefix=len(folders) > 1)]
     names = [run.name for run in found]
     return [
-        run if names.count(run.name) == 1 else Run(f"{run.name} ({index})", run.log_history, run.result)
+        run if names.count(run.name) == 1 else replace(run, name=f"{run.name} ({index})")
         for index, run in enumerate(found, start=1)
     ]
 
@@ -49,12 +51,12 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 def _read_folder(folder: Path, prefix: bool) -> list[Run]:
     if not (folder / RESULTS_FILE).is_file():
         result = _read_json(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else {}
-        return [Run(folder.resolve().name, _log_history(folder), result)]
+        return [Run(folder.resolve().name, _log_history(folder), result, folder)]
     arms = _read_json(folder / RESULTS_FILE).get("arms")
     if not isinstance(arms, dict) or not all(isinstance(result, dict) for result in arms.values()):
         raise ValueError(f"{folder / RESULTS_FILE} has no 'arms' that map names to results. Run the quickstart again.")
     name = f"{folder.resolve().name}/" if prefix else ""
-    return [Run(name + arm, _log_history(folder / arm), result) for arm, result in arms.items()]
+    return [Run(name + arm, _log_history(folder / arm), result, folder / arm) for arm, result in arms.items()]
 
 
 def _log_history(folder: Path) -> list[dict[str, Any]]:

@@ -144,6 +144,8 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         deviation = values[:, :, :-1].std(0, unbiased=False)
         output["advantages"] = advantages
         output["value_std"] = deviation
+        if self.recording:
+            output["value_mean"] = mean[:, :-1]
         output["advantage_masked"] = lowest_fraction(deviation, mask, args.advantage_mask_fraction, self._gather)
         output["entropy_filtered"] = highest_fraction(deviation, mask, args.entropy_filter_fraction, self._gather)
         return critic_targets(*episode, gamma=args.gae_gamma, lam=args.critic_gae_lambda)
@@ -205,14 +207,15 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         inputs, entropies = call.inputs, call.entropies.detach()
         masked, filtered = inputs["advantage_masked"], inputs["entropy_filtered"]
         inputs["advantages"] = torch.where(masked, 0.0, inputs["advantages"])
-        self._token_means[self.mode].add(
+        self._count(
+            call,
             {
                 "asyppo/masked_fraction": TokenMean(masked, call.mask),
                 "asyppo/filtered_fraction": TokenMean(filtered, call.mask),
                 "asyppo/entropy_masked": TokenMean(entropies, call.mask & masked),
                 "asyppo/entropy_filtered": TokenMean(entropies, call.mask & filtered),
                 "asyppo/value_std": TokenMean(inputs["value_std"], call.mask),
-            }
+            },
         )
 
     def control_state(self) -> dict[str, Any]:

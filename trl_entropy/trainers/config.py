@@ -19,8 +19,8 @@ EPO_CHOICES = {
 
 
 @dataclass
-class EntropyGRPOConfig(GRPOConfig):
-    """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
+class EntropyControls:
+    """The fields of the controls that every loss with a PPO clip takes, and their checks; all off by default.
 
     Args:
         erc_low (`float`, *optional*):
@@ -55,15 +55,10 @@ class EntropyGRPOConfig(GRPOConfig):
         epo_history (`str`, *optional*, defaults to `"scalar"`):
             EPO: `"scalar"` for one history of all tokens (the paper), `"per_turn"` for one per turn index (the
             released code).
-        positive_nll_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the token-mean negative log-likelihood of the correct completions that is added to the loss
-            (arXiv 2508.07629), at least 0. The released recipes of ERC and CE-GPPO all use 0.1.
-        positive_nll_min_reward (`float`, *optional*, defaults to `1.0`):
-            A completion is correct when its total reward, weighted by `reward_weights`, is at least this.
 
     Raises:
-        ValueError: If a value is out of its range, or if two fields contradict each other; the message names the
-            fields, their values and what to set.
+        ValueError: From `check_controls`, if a value is out of its range; the message names the field, its value and
+            what to set.
     """
 
     erc_low: float | None = field(
@@ -103,13 +98,6 @@ class EntropyGRPOConfig(GRPOConfig):
         default="scalar",
         metadata={"help": "EPO: one history of all tokens (scalar), or one per turn index (per_turn)."},
     )
-    positive_nll_coef: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the negative log-likelihood of the correct completions. Published: 0.1."},
-    )
-    positive_nll_min_reward: float = field(
-        default=1.0, metadata={"help": "A completion is correct when its weighted total reward is at least this."}
-    )
 
     @property
     def erc_enabled(self) -> bool:
@@ -123,31 +111,10 @@ class EntropyGRPOConfig(GRPOConfig):
     def epo_enabled(self) -> bool:
         return self.epo_coef != 0.0
 
-    @property
-    def positive_nll_enabled(self) -> bool:
-        return self.positive_nll_coef != 0.0
-
-    @property
-    def any_control_enabled(self) -> bool:
-        return self.erc_enabled or self.ce_gppo_enabled or self.epo_enabled or self.positive_nll_enabled
-
-    @property
-    def eps_high(self) -> float:
-        """Upper half-width of the clip range: `epsilon_high`, or `epsilon` where that is not set."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_controls(self) -> None:
         self._check_erc()
         self._check_ce_gppo()
         self._check_epo()
-        self._check_positive_nll()
-        if self.any_control_enabled and self.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel=True computes the loss inside a fused kernel that no entropy control can reach. Set "
-                "use_liger_kernel=False."
-            )
-        self._warn_if_on_policy()
 
     def _check_erc(self) -> None:
         low, high = self.erc_low, self.erc_high
@@ -159,11 +126,6 @@ class EntropyGRPOConfig(GRPOConfig):
             raise ValueError(f"erc_low={low} must be in [0, 1): an entropy ratio of 1 is no change. Published: 0.95.")
         if not high > 1.0:
             raise ValueError(f"erc_high={high} must be above 1: an entropy ratio of 1 is no change. Published: 1.05.")
-        if self.loss_type not in ERC_LOSSES:
-            raise ValueError(
-                f"erc_low={low}, erc_high={high} cannot be used with loss_type={self.loss_type!r}, whose weights "
-                f"couple the tokens of a sequence. Set loss_type to one of {', '.join(ERC_LOSSES)}."
-            )
 
     def _check_ce_gppo(self) -> None:
         alpha1, alpha2 = self.ce_gppo_alpha1, self.ce_gppo_alpha2
@@ -176,22 +138,6 @@ class EntropyGRPOConfig(GRPOConfig):
         for name, alpha in (("ce_gppo_alpha1", alpha1), ("ce_gppo_alpha2", alpha2)):
             if not (alpha >= 0.0 and math.isfinite(alpha)):
                 raise ValueError(f"{name}={alpha} must be finite and at least 0; published values are in [0, 1].")
-        if self.loss_type not in PPO_CLIP_LOSSES:
-            raise ValueError(
-                f"ce_gppo_alpha1={alpha1}, ce_gppo_alpha2={alpha2} cannot be used with loss_type={self.loss_type!r}, "
-                f"which has no PPO clip to give gradients back from. Set loss_type to one of "
-                f"{', '.join(PPO_CLIP_LOSSES)}."
-            )
-        if self.delta is not None and self.delta <= 1.0 + self.eps_high:
-            raise ValueError(
-                f"delta={self.delta} must be above 1 + epsilon_high = {1.0 + self.eps_high} with CE-GPPO: a smaller "
-                "dual clip drops tokens inside the trust region. Published: 10."
-            )
-        if self.beta != 0.0 and self.use_bias_correction_kl:
-            raise ValueError(
-                f"beta={self.beta} with use_bias_correction_kl=True multiplies the KL term by the importance ratio, "
-                "which CE-GPPO sets to 1 for clipped tokens. Set use_bias_correction_kl=False, or beta=0."
-            )
 
     def _check_epo(self) -> None:
         published = {"epo_coef": "0.001; 0 is off", "epo_penalty": "0.05 and 0.1", "epo_gamma": "3"}
@@ -212,12 +158,113 @@ class EntropyGRPOConfig(GRPOConfig):
         if not (value >= 0.0 and math.isfinite(value)):
             raise ValueError(f"{name}={value} must be finite and at least 0. Published: {published}.")
 
+
+@dataclass
+class EntropyGRPOConfig(EntropyControls, GRPOConfig):
+    """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
+
+    Args:
+        erc_low, erc_high, ce_gppo_alpha1, ce_gppo_alpha2, epo_* (*optional*):
+            See [`EntropyControls`].
+        positive_nll_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the token-mean negative log-likelihood of the correct completions that is added to the loss
+            (arXiv 2508.07629), at least 0. The released recipes of ERC and CE-GPPO all use 0.1.
+        positive_nll_min_reward (`float`, *optional*, defaults to `1.0`):
+            A completion is correct when its total reward, weighted by `reward_weights`, is at least this.
+        record_tokens (`int`, *optional*, defaults to `0`):
+            Tokens of every optimizer step that each process records into `tokens/` of `output_dir`, with what the
+            controls did to them; 0 is off. `trl-entropy report` draws them. 256 is a good number.
+
+    Raises:
+        ValueError: If a value is out of its range, or if two fields contradict each other; the message names the
+            fields, their values and what to set.
+    """
+
+    positive_nll_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the negative log-likelihood of the correct completions. Published: 0.1."},
+    )
+    positive_nll_min_reward: float = field(
+        default=1.0, metadata={"help": "A completion is correct when its weighted total reward is at least this."}
+    )
+    record_tokens: int = field(
+        default=0,
+        metadata={"help": "Tokens of every optimizer step that each process records for the report; 0 is off."},
+    )
+
+    @property
+    def positive_nll_enabled(self) -> bool:
+        return self.positive_nll_coef != 0.0
+
+    @property
+    def any_control_enabled(self) -> bool:
+        return self.erc_enabled or self.ce_gppo_enabled or self.epo_enabled or self.positive_nll_enabled
+
+    @property
+    def recording_enabled(self) -> bool:
+        return self.record_tokens > 0
+
+    @property
+    def eps_high(self) -> float:
+        """Upper half-width of the clip range: `epsilon_high`, or `epsilon` where that is not set."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_controls()
+        self._check_positive_nll()
+        self._check_recording()
+        if self.any_control_enabled and self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel=True computes the loss inside a fused kernel that no entropy control can reach. Set "
+                "use_liger_kernel=False."
+            )
+        self._warn_if_on_policy()
+
+    def _check_erc(self) -> None:
+        super()._check_erc()
+        if self.erc_enabled and self.loss_type not in ERC_LOSSES:
+            raise ValueError(
+                f"erc_low={self.erc_low}, erc_high={self.erc_high} cannot be used with loss_type={self.loss_type!r}, "
+                f"whose weights couple the tokens of a sequence. Set loss_type to one of {', '.join(ERC_LOSSES)}."
+            )
+
+    def _check_ce_gppo(self) -> None:
+        super()._check_ce_gppo()
+        if not self.ce_gppo_enabled:
+            return
+        if self.loss_type not in PPO_CLIP_LOSSES:
+            raise ValueError(
+                f"ce_gppo_alpha1={self.ce_gppo_alpha1}, ce_gppo_alpha2={self.ce_gppo_alpha2} cannot be used with "
+                f"loss_type={self.loss_type!r}, which has no PPO clip to give gradients back from. Set loss_type to "
+                f"one of {', '.join(PPO_CLIP_LOSSES)}."
+            )
+        if self.delta is not None and self.delta <= 1.0 + self.eps_high:
+            raise ValueError(
+                f"delta={self.delta} must be above 1 + epsilon_high = {1.0 + self.eps_high} with CE-GPPO: a smaller "
+                "dual clip drops tokens inside the trust region. Published: 10."
+            )
+        if self.beta != 0.0 and self.use_bias_correction_kl:
+            raise ValueError(
+                f"beta={self.beta} with use_bias_correction_kl=True multiplies the KL term by the importance ratio, "
+                "which CE-GPPO sets to 1 for clipped tokens. Set use_bias_correction_kl=False, or beta=0."
+            )
+
     def _check_positive_nll(self) -> None:
         self._check_not_negative("positive_nll_coef", "0.1; 0 is off")
         if math.isnan(self.positive_nll_min_reward):
             raise ValueError(
                 f"positive_nll_min_reward={self.positive_nll_min_reward} must be a number: the total reward from "
                 "which on a completion counts as correct."
+            )
+
+    def _check_recording(self) -> None:
+        if self.record_tokens < 0:
+            raise ValueError(f"record_tokens={self.record_tokens} must be at least 0; 0 is off, 256 a good number.")
+        if self.recording_enabled and self.use_liger_kernel:
+            raise ValueError(
+                f"record_tokens={self.record_tokens} with use_liger_kernel=True: the loss is computed inside a fused "
+                "kernel, where there are no tokens to record. Set use_liger_kernel=False, or record_tokens=0."
             )
 
     def _warn_if_on_policy(self) -> None:

@@ -12,6 +12,7 @@ import torch
 import trl
 from torch import Tensor
 
+from ..controls import TokenMean
 from .resume import ExactResume
 
 
@@ -26,6 +27,7 @@ class LossCall:
         logps: Log-probs of the sampled tokens, with their graph, `(B, T)`.
         entropies: Entropies of the policy being trained, nats, `(B, T)`.
         bonus_entropies: The same values as entropy bonuses read them: without a graph where a token gets no bonus.
+        metrics: What the controls counted.
     """
 
     inputs: dict[str, Any]
@@ -34,6 +36,7 @@ class LossCall:
     logps: Tensor = field(init=False)
     entropies: Tensor = field(init=False)
     bonus_entropies: Tensor = field(init=False)
+    metrics: dict[str, TokenMean] = field(default_factory=dict)
 
 
 def loss_mask(inputs: dict[str, Any]) -> Tensor:
@@ -45,8 +48,8 @@ def loss_mask(inputs: dict[str, Any]) -> Tensor:
 class GRPOContact(ExactResume):
     """`trl.GRPOTrainer` with places for a subclass to act.
 
-    A subclass acts in `on_rollout`, `on_forward`, `added_loss` and `control_metrics`. Where `controlled` is False none
-    of them is called and every step is TRL's own.
+    A subclass acts in `on_rollout`, `on_forward`, `added_loss`, `on_loss` and `control_metrics`. Where `controlled` is
+    False none of them is called and every step is TRL's own.
     """
 
     _loss_call: LossCall | None = None
@@ -84,6 +87,9 @@ class GRPOContact(ExactResume):
         """A scalar to add to TRL's loss, or `None`."""
         return None
 
+    def on_loss(self, call: LossCall, inputs: dict[str, Any]) -> None:
+        """Look at a finished loss; `inputs` is the micro-batch as it was before `on_forward`."""
+
     def control_metrics(self) -> dict[str, float]:
         """The controls' metrics since they were last logged, in the current `mode`."""
         return {}
@@ -107,6 +113,7 @@ class GRPOContact(ExactResume):
                 "entropy controls cannot act. Install a supported version of TRL."
             )
         added = self.added_loss(call)
+        self.on_loss(call, inputs)
         return loss if added is None else loss + added
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

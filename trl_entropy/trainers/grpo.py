@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -22,10 +23,22 @@ from ..controls import (
     positive_nll,
 )
 from ..controls.importance import ratio_of
-from ..telemetry.metrics import TokenMeans
+from ..telemetry.metrics import TokenMeans, turn_entropies
+from ..telemetry.recorder import RecorderCallback, TokenRecorder, Update
 from .card import add_methods
 from .config import EntropyGRPOConfig
 from .contact import GRPOContact, LossCall, loss_mask
+
+RECORDED_SETTINGS = (
+    "erc_low",
+    "erc_high",
+    "ce_gppo_alpha1",
+    "ce_gppo_alpha2",
+    "advantage_mask_fraction",
+    "entropy_filter_fraction",
+    "record_tokens",
+)
+"""What the figures of the recorded tokens need to know of the configuration; `None` where it has no such field."""
 
 
 class EntropyGRPOTrainer(GRPOContact):
@@ -46,14 +59,41 @@ class EntropyGRPOTrainer(GRPOContact):
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._entropy_history = EntropyHistory()
         super().__init__(*args, **kwargs)
+        self._recorder = self._make_recorder() if self.recording else None
+
+    @property
+    def recording(self) -> bool:
+        """Whether tokens are recorded."""
+        return isinstance(self.args, EntropyGRPOConfig) and self.args.recording_enabled
+
+    def _make_recorder(self) -> TokenRecorder:
+        recorder = TokenRecorder(
+            self.args.output_dir,
+            self.args.record_tokens,
+            self._tokenizer,
+            {name: getattr(self.args, name, None) for name in RECORDED_SETTINGS}
+            | {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high},
+            process=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            seed=self.args.seed,
+            level=self.importance_sampling_level,
+            clip_range={"eps_low": self.epsilon_low, "eps_high": self.epsilon_high},
+        )
+        self.add_callback(RecorderCallback(recorder, self.args.steps_per_generation * self.num_iterations))
+        return recorder
 
     @property
     def controlled(self) -> bool:
-        return isinstance(self.args, EntropyGRPOConfig) and self.args.any_control_enabled
+        """Whether a control is on, or there are tokens to record or turns of episodes to measure."""
+        if not isinstance(self.args, EntropyGRPOConfig):
+            return False
+        if self.recording:
+            return True
+        return self.args.any_control_enabled or (self.rollout_func is not None and not self.args.use_liger_kernel)
 
     @property
     def wants_old_entropies(self) -> bool:
-        return self.args.erc_enabled or self.args.epo_enabled
+        return self.args.erc_enabled or self.args.epo_enabled or self.recording
 
     @property
     def wants_entropy_gradients(self) -> bool:
@@ -68,6 +108,9 @@ class EntropyGRPOTrainer(GRPOContact):
             tokens = loss_mask(output) & self._is_correct(rewards).unsqueeze(-1)
             output["rewards"] = rewards
             output["num_correct_tokens"] = self.accelerator.gather(tokens.sum()).sum()
+        if self.recording:
+            first = self.accelerator.process_index * len(rewards)
+            output["completion_index"] = torch.arange(first, first + len(rewards), device=rewards.device)
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
         return self.accelerator.reduce(self.accelerator.pad_across_processes(totals, dim=0))
@@ -81,9 +124,11 @@ class EntropyGRPOTrainer(GRPOContact):
         return self.args.erc_enabled or self.args.ce_gppo_enabled
 
     def on_forward(self, call: LossCall) -> None:
+        if "tool_mask" in call.inputs:
+            self._token_means[self.mode].add(turn_entropies(call.entropies.detach(), call.mask))
         if self.shapes_policy_gradient:
             self._shape_policy_gradient(call)
-        else:
+        elif self.args.any_control_enabled:
             self._bound_importance_ratio(call)
 
     @torch.no_grad()
@@ -116,6 +161,10 @@ class EntropyGRPOTrainer(GRPOContact):
         old_entropies = entropies if on_policy else inputs.get("old_entropies")
         shaped, metrics = self._shape(tokens, entropies, old_entropies)
         inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
+        self._count(call, metrics)
+
+    def _count(self, call: LossCall, metrics: Mapping[str, TokenMean]) -> None:
+        call.metrics.update(metrics)
         self._token_means[self.mode].add(metrics)
 
     def _shape(
@@ -176,7 +225,7 @@ class EntropyGRPOTrainer(GRPOContact):
             num_trajectories=self._per_window(call, "num_trajectories", f"epo_coef={args.epo_coef}"),
             bonus_entropies=call.bonus_entropies,
         )
-        self._token_means[self.mode].add(metrics)
+        self._count(call, metrics)
         return loss
 
     def _positive_nll_loss(self, call: LossCall) -> Tensor:
@@ -184,8 +233,13 @@ class EntropyGRPOTrainer(GRPOContact):
         num_tokens = self._per_window(call, "num_correct_tokens", needed_by)
         correct = self._is_correct(call.inputs["rewards"])
         loss, metrics = positive_nll(call.logps, call.mask, correct, num_tokens)
-        self._token_means[self.mode].add(metrics)
+        self._count(call, metrics)
         return loss
+
+    def on_loss(self, call: LossCall, inputs: dict[str, Any]) -> None:
+        if self._recorder is not None and self.mode == "train":
+            measured = (call.mask, call.logps.detach(), call.entropies.detach(), call.metrics)
+            self._recorder.add(Update(inputs, *measured, step=self.state.global_step + 1, micro_step=self._step))
 
     def _per_window(self, call: LossCall, name: str, needed_by: str) -> Tensor:
         """A count over the whole rollout, rescaled to one accumulation window of one process, as TRL's token mean is.
@@ -219,5 +273,5 @@ class EntropyGRPOTrainer(GRPOContact):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
-        if self.controlled and self.is_world_process_zero():
+        if self.controlled and self.args.any_control_enabled and self.is_world_process_zero():
             add_methods(os.path.join(self.args.output_dir, "README.md"), self.args)

@@ -1,0 +1,186 @@
+"""The rules, each on a made log that has the fault and on logs that lack it; the callback that warns."""
+
+import math
+import random
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trl_entropy import DiagnosisCallback
+from trl_entropy.telemetry import diagnosis
+from trl_entropy.telemetry.diagnosis import MIN_ENTRIES, RULES, diagnose, num_swings
+
+STEPS = 40
+
+
+def log_of(**metrics: Any) -> list[dict[str, Any]]:
+    """One entry a step; a metric is a number, or a function of the share of the run that is over."""
+    return [
+        {"step": step, **{name: of(step / STEPS) if callable(of) else of for name, of in metrics.items()}}
+        for step in range(1, STEPS + 1)
+    ]
+
+
+def renamed(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`ce_gppo_low_fraction` cannot be a keyword with a slash: `__` stands for it."""
+    return [{key.replace("__", "/"): value for key, value in entry.items()} for entry in log]
+
+
+HEALTHY = {
+    "reward": lambda done: 0.3 + 0.3 * done,
+    "entropy": lambda done: 0.6 - 0.3 * done,
+    "grad_norm": lambda done: 1.0 + 0.5 * done,
+    "frac_reward_zero_std": 0.3,
+    "erc__clip_fraction": 0.2,
+    "ce_gppo__low_fraction": 0.001,
+    "ce_gppo__high_fraction": 0.0,
+}
+CLASSIC_CLIP = {name: value for name, value in HEALTHY.items() if not name.startswith("ce_gppo")}
+CRITICS = {**CLASSIC_CLIP, "asyppo__explained_variance": 0.3}
+FAULTS: dict[str, list[dict[str, Any]]] = {
+    "entropy_collapse": [{**HEALTHY, "entropy": lambda done: 0.6 * 0.01**done}],
+    "entropy_explosion": [{**HEALTHY, "entropy": lambda done: 0.5 + 1.5 * done}],
+    "entropy_oscillation": [{**HEALTHY, "entropy": lambda done: 0.5 + 0.2 * math.sin(20 * done)}],
+    "clip_never_acts": [
+        {**HEALTHY, "erc__clip_fraction": 0.0},
+        {**HEALTHY, "ce_gppo__low_fraction": 0.0},
+    ],
+    "clip_removes_most": [
+        {**HEALTHY, "erc__clip_fraction": lambda done: 0.3 + 0.4 * done},
+        {**CLASSIC_CLIP, "ppo_clip__low_fraction": 0.3, "ppo_clip__high_fraction": 0.3},
+        {**CLASSIC_CLIP, "clip_ratio__region_mean": 0.6},
+    ],
+    "ce_gppo_runaway": [{**HEALTHY, "reward": lambda done: 0.5 * (1 - done), "grad_norm": lambda done: 1 + 3 * done}],
+    "critic_explains_nothing": [
+        {**CRITICS, "asyppo__explained_variance": 0.01},
+        {**CRITICS, "asyppo__explained_variance": lambda done: 0.2 - 0.5 * done},
+    ],
+    "groups_without_variance": [{**HEALTHY, "frac_reward_zero_std": lambda done: 0.3 + 0.4 * done}],
+}
+LACKS: dict[str, list[dict[str, Any]]] = {
+    # to a third, which a run that learns reaches
+    "entropy_collapse": [{**HEALTHY, "entropy": lambda done: 0.6 - 0.4 * done}],
+    "entropy_explosion": [{**HEALTHY, "entropy": lambda done: 0.5 + 0.4 * done}],
+    "entropy_oscillation": [
+        {**HEALTHY, "entropy": lambda done: 0.5 + 0.05 * math.sin(20 * done)},
+        {**HEALTHY, "entropy": lambda done: 0.5 + 0.2 * math.sin(6 * done)},  # one swing each way
+    ],
+    "clip_never_acts": [
+        {**HEALTHY, "erc__clip_fraction": lambda done: float(done == 0.5) / 1000},
+        {"reward": 0.5, "clip_ratio__region_mean": 0.0},  # TRL's own clip may idle: nobody switched it on
+    ],
+    "clip_removes_most": [
+        {**CLASSIC_CLIP, "ppo_clip__low_fraction": 0.2, "ppo_clip__high_fraction": 0.2},
+        # CE-GPPO gives these tokens their gradient back
+        {**HEALTHY, "ppo_clip__low_fraction": 0.3, "ppo_clip__high_fraction": 0.3},
+    ],
+    "ce_gppo_runaway": [
+        {**HEALTHY, "reward": lambda done: 0.5 * (1 - done)},
+        {**HEALTHY, "grad_norm": lambda done: 1 + 3 * done},
+        {**CLASSIC_CLIP, "reward": lambda done: 0.5 * (1 - done), "grad_norm": lambda done: 1 + 3 * done},
+    ],
+    "critic_explains_nothing": [CRITICS],
+    "groups_without_variance": [
+        {**HEALTHY, "frac_reward_zero_std": 0.45},
+        {**CRITICS, "frac_reward_zero_std": 0.7},
+    ],
+}
+
+
+def rules_of(metrics: dict[str, Any], entries: int = STEPS) -> list[str]:
+    return [finding.rule for finding in diagnose(renamed(log_of(**metrics))[:entries])]
+
+
+def test_every_rule_has_both_tests() -> None:
+    names = {rule.__name__ for rule in RULES}
+    assert names == set(FAULTS) == set(LACKS)
+
+
+@pytest.mark.parametrize(("rule", "metrics"), [(rule, log) for rule, logs in FAULTS.items() for log in logs])
+def test_fault_is_found_and_nothing_else(rule: str, metrics: dict[str, Any]) -> None:
+    assert rules_of(metrics) == [rule]
+
+
+@pytest.mark.parametrize(("rule", "metrics"), [(rule, log) for rule, logs in LACKS.items() for log in logs])
+def test_run_without_the_fault_is_not_accused(rule: str, metrics: dict[str, Any]) -> None:
+    assert rule not in rules_of(metrics)
+
+
+@pytest.mark.parametrize("metrics", [HEALTHY, CLASSIC_CLIP, CRITICS], ids=["controls", "clip", "critics"])
+def test_healthy_run_has_no_finding(metrics: dict[str, Any]) -> None:
+    assert rules_of(metrics) == []
+
+
+@pytest.mark.parametrize("rule", FAULTS)
+def test_short_log_is_not_judged(rule: str) -> None:
+    assert rules_of(FAULTS[rule][0], entries=MIN_ENTRIES - 1) == []
+
+
+def test_finding_names_numbers_and_fields() -> None:
+    (finding,) = diagnose(renamed(log_of(**FAULTS["ce_gppo_runaway"][0])))
+    # reward 0.5 (1 - done): the best window is the first, steps 1 to 8, the last is steps 33 to 40
+    assert "from 0.444 to 0.0438" in finding.seen
+    assert "ce_gppo_alpha1" in finding.remedy
+    assert str(finding) == f"{finding.seen} {finding.remedy}"
+
+
+def test_values_that_are_no_numbers_are_passed_over() -> None:
+    log = renamed(log_of(**FAULTS["entropy_collapse"][0]))
+    hostile: list[Any] = [math.nan, math.inf, None, "0.5", [1]]
+    assert [finding.rule for finding in diagnose([*log, *({"entropy": value} for value in hostile)])] == [
+        "entropy_collapse"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "swings"),
+    [
+        ([0, 1, 2, 3], 0),
+        ([3, 2, 1, 0], 0),
+        ([0, 2, 0], 1),
+        ([0, 2, 0, 2], 2),
+        ([0, 2, 1.5, 2.5, 1.8], 0),  # reversals of less than 1
+        ([0, 2, 1.5, 1.1, 0.9, 3], 2),  # 2 to 0.9 in small steps, then up
+    ],
+)
+def test_swings_are_reversals_of_their_size(values: list[float], swings: int) -> None:
+    assert num_swings(values, 1.0) == swings
+
+
+def test_noise_is_no_oscillation() -> None:
+    noise = random.Random(0)
+    assert rules_of({"entropy": lambda done: 0.5 + noise.gauss(0, 0.03)}) == []
+
+
+def log_state(entries: list[dict[str, Any]], main: bool = True) -> Any:
+    return SimpleNamespace(log_history=entries, is_world_process_zero=main, global_step=entries[-1]["step"])
+
+
+def test_callback_warns_once_per_finding() -> None:
+    log, callback = renamed(log_of(**FAULTS["entropy_collapse"][0])), DiagnosisCallback()
+    with pytest.warns(UserWarning, match=r"Step 40: Entropy collapse: .* Try ce_gppo_alpha2") as caught:
+        callback.on_log(None, log_state(log), None)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback.on_log(None, log_state(log), None)
+    other = renamed(log_of(**FAULTS["groups_without_variance"][0]))
+    with pytest.warns(UserWarning, match="groups have the same reward"):
+        callback.on_log(None, log_state(other), None)
+
+
+def test_callback_is_silent_on_other_processes() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DiagnosisCallback().on_log(None, log_state(renamed(log_of(**FAULTS["entropy_collapse"][0])), False), None)
+
+
+def test_callback_warns_in_a_training(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "MIN_ENTRIES", 3)
+    on_policy = {"steps_per_generation": 1, "max_steps": 3, "learning_rate": 1e-6}
+    with pytest.warns(UserWarning, match="ERC will do nothing"):
+        trainer = make_trainer(erc_low=0.95, erc_high=1.05, callbacks=[DiagnosisCallback()], **on_policy)
+    with pytest.warns(UserWarning, match="Step 3: ERC never acted"):
+        trainer.train()

@@ -1,0 +1,273 @@
+"""The recorder: what every control did to a sample of the tokens of each optimizer step, and to a few completions."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..controls import TokenMean, clipped_by_ppo, entropy_ratio, log_importance_weight
+from ..controls.epo import turn_indices
+from ..controls.importance import ratio_of
+from .record import COUNTS, FLAGS, FLOATS, FOLDER, cut_after, write_rows
+
+MAX_SAMPLED = 1_000_000
+"""Sampled tokens of a process in a run, some 30 MB; a longer run is recorded at every second, third, ... step."""
+MAX_ROLLOUTS = 200
+"""Rollouts of a run with whole completions; those of a longer run are thinned out evenly."""
+WHOLE_COMPLETIONS = 2
+"""Completions of such a rollout that a process records whole, at the rollout's last optimizer step."""
+WHOLE_TOKENS = 512
+"""Tokens that are kept of the start of a whole completion."""
+PROMPT_TOKENS = 256
+"""Tokens that are kept of the end of its prompt."""
+ROWS_PER_FILE = 20_000
+
+METRIC_OF_FLAG = {
+    "erc_clipped": "erc/clip_fraction",
+    "ce_gppo_low": "ce_gppo/low_fraction",
+    "ce_gppo_high": "ce_gppo/high_fraction",
+    "epo_below": "epo/below_fraction",
+    "epo_above": "epo/above_fraction",
+    "advantage_masked": "asyppo/masked_fraction",
+    "entropy_filtered": "asyppo/filtered_fraction",
+}
+"""What the controls did is what they counted."""
+MEASURED = (*COUNTS, *FLOATS, *FLAGS)
+PRESENT = "present"
+
+
+@dataclass(frozen=True)
+class Update:
+    """One micro-batch of an optimizer step, as the recorder reads it.
+
+    Attributes:
+        inputs: The micro-batch before any control shaped it.
+        mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
+        logps: Log-probs of the sampled tokens under the policy being trained, `(B, T)`.
+        entropies: Its entropies, nats, `(B, T)`.
+        metrics: What the controls counted.
+        step: The optimizer step, from 1.
+        micro_step: Micro-batches of this process before this one, since the start of the training.
+    """
+
+    inputs: Mapping[str, Any]
+    mask: Tensor
+    logps: Tensor
+    entropies: Tensor
+    metrics: Mapping[str, TokenMean]
+    step: int
+    micro_step: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How micro-batches make up optimizer steps and rollouts.
+
+    Attributes:
+        micro_per_step: Micro-batches of an optimizer step.
+        micro_per_rollout: Micro-batches of a rollout, all its iterations counted.
+        max_steps: Optimizer steps of the run.
+    """
+
+    micro_per_step: int
+    micro_per_rollout: int
+    max_steps: int
+
+    def tokens(self, num_tokens: int, update: Update) -> int:
+        """How many of a step's `num_tokens` are sampled from this micro-batch."""
+        every = math.ceil(self.max_steps * num_tokens / MAX_SAMPLED)
+        if update.step % every:
+            return 0
+        index = update.micro_step % self.micro_per_step
+        return (index + 1) * num_tokens // self.micro_per_step - index * num_tokens // self.micro_per_step
+
+    def takes_whole(self, update: Update) -> bool:
+        """Whether whole completions are recorded: at a rollout's last micro-batch, its most off-policy one."""
+        rollouts = math.ceil(self.max_steps * self.micro_per_step / self.micro_per_rollout)
+        every = math.ceil(rollouts / MAX_ROLLOUTS)
+        last = (update.micro_step + 1) % self.micro_per_rollout == 0
+        return last and update.micro_step // self.micro_per_rollout % every == 0
+
+
+class TokenRecorder:
+    """Samples tokens on the device and writes them, a copy and a file every `ROWS_PER_FILE` rows or checkpoint.
+
+    It draws from a generator of its own and waits for the device only when it writes, so a training that is recorded
+    is bit for bit the one that is not. Which tokens it draws depends on the seed and the step alone.
+
+    Args:
+        run_folder: The run's `output_dir`; files go to `tokens/` in it.
+        num_tokens: Tokens per optimizer step and process, at least 1.
+        tokenizer: Gives the tokens' text.
+        settings: Fields of the configuration that the figures need; JSON values.
+        process: Index of this process.
+        num_processes: Number of processes.
+        seed: Seeds the choice of tokens.
+        level: `importance_sampling_level`.
+        clip_range: `eps_low` and `eps_high`.
+    """
+
+    def __init__(
+        self,
+        run_folder: str,
+        num_tokens: int,
+        tokenizer: Any,
+        settings: Mapping[str, Any],
+        *,
+        process: int,
+        num_processes: int,
+        seed: int,
+        level: str,
+        clip_range: Mapping[str, float],
+    ) -> None:
+        self._folder, self._num_tokens, self._settings = Path(run_folder, FOLDER), num_tokens, settings
+        self._process, self._num_processes, self._seed = process, num_processes, seed
+        self._level, self._clip_range = level, clip_range
+        self._tokenizer, self._texts = tokenizer, dict[int, str]()
+        self._generator: torch.Generator | None = None
+        self._blocks: list[tuple[dict[str, int], Tensor]] = []
+
+    def start(self, step: int, schedule: Schedule) -> None:
+        """Begin after optimizer step `step`, 0 for a new run: rows of later steps, which are made anew, are removed.
+
+        Called on every process, before any of them writes.
+        """
+        self._schedule, self._blocks = schedule, []
+        cut_after(self._folder, step, process=self._process, num_processes=self._num_processes)
+
+    def add(self, update: Update) -> None:
+        """Record what the sampling takes of one micro-batch; without a synchronisation with the device."""
+        num_tokens, whole = self._schedule.tokens(self._num_tokens, update), self._schedule.takes_whole(update)
+        if not num_tokens and not whole:
+            return
+        if self._num_rows >= ROWS_PER_FILE and update.step > self._blocks[-1][0]["step"]:
+            self.flush()
+        columns = self._columns(update)
+        about = {"step": update.step, "rollout": update.micro_step // self._schedule.micro_per_rollout}
+        if num_tokens:
+            chosen = self._choose(update, num_tokens)
+            columns[PRESENT] = update.mask
+            block = torch.stack([columns[name].flatten()[chosen].float() for name in (*MEASURED, PRESENT)])
+            self._blocks.append(({**about, "whole": 0}, block))
+        if whole:
+            self._blocks.append(({**about, "whole": 1}, _whole_completions(columns, update.inputs)))
+
+    def flush(self) -> None:
+        """Write what has been recorded since the last file."""
+        if not self._blocks:
+            return
+        abouts, blocks = zip(*self._blocks, strict=True)
+        self._blocks = []
+        values: NDArray[np.float32] = torch.cat(blocks, dim=1).cpu().numpy()
+        sizes = [block.shape[1] for block in blocks]
+        present = values[-1] == 1.0
+        columns: dict[str, Any] = {name: row[present] for name, row in zip(MEASURED, values[:-1], strict=True)}
+        for name in abouts[0]:
+            columns[name] = np.repeat([about[name] for about in abouts], sizes)[present]
+        columns["process"] = np.full(len(columns["step"]), self._process)
+        columns["token"] = [self._text(int(token)) for token in columns["token_id"]]
+        first_step = abouts[0]["step"]
+        write_rows(self._folder, columns, self._settings, process=self._process, first_step=first_step)
+
+    @property
+    def _num_rows(self) -> int:
+        return sum(block.shape[1] for _, block in self._blocks)
+
+    def _choose(self, update: Update, num_tokens: int) -> Tensor:
+        """Flat indices of a uniform sample of the tokens where the mask is True, without replacement."""
+        device = update.mask.device
+        if self._generator is None:
+            self._generator = torch.Generator(device)
+        # by step rather than from where the last draw ended: a resumed run draws what an uninterrupted one does
+        self._generator.manual_seed((self._seed * 1_000_003 + update.micro_step) * 1009 + self._process)
+        scores = torch.rand(update.mask.shape, generator=self._generator, device=device)
+        scores = scores.masked_fill(~update.mask, -1.0).flatten()
+        return scores.topk(min(num_tokens, len(scores)), sorted=False).indices
+
+    def _columns(self, update: Update) -> dict[str, Tensor]:
+        """Every measured column, `(B, T)`; NaN where the run does not have it."""
+        inputs, mask, logps = update.inputs, update.mask, update.logps
+        on_policy = inputs.get("old_per_token_logps") is None
+        old_logps: Tensor = logps if on_policy else inputs["old_per_token_logps"]
+        absent = torch.full((), torch.nan, device=mask.device)
+        old_entropies = update.entropies if on_policy else inputs.get("old_entropies", absent)
+        advantages = inputs["advantages"]
+        advantages = (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logps)
+        ratio = ratio_of(log_importance_weight(logps, old_logps, mask, self._level))
+        low, high = clipped_by_ppo(ratio, advantages, **self._clip_range)
+        completion = inputs.get("completion_index", absent)
+        found = {
+            "completion": completion.unsqueeze(-1) if completion.dim() else completion,
+            "position": torch.arange(mask.shape[1], device=mask.device),
+            "turn": turn_indices(mask),
+            "token_id": inputs["completion_ids"],
+            "lp_old": old_logps,
+            "lp": logps,
+            "H_old": old_entropies,
+            "H": update.entropies,
+            "A": advantages,
+            "ratio": ratio,
+            "entropy_ratio": entropy_ratio(update.entropies, old_entropies),
+            "written": mask,
+            "ppo_low": low,
+            "ppo_high": high,
+            **{name: inputs[name] for name in ("value_mean", "value_std") if name in inputs},
+            **{flag: update.metrics[key].value for flag, key in METRIC_OF_FLAG.items() if key in update.metrics},
+        }
+        return {name: found.get(name, absent).expand_as(mask) for name in MEASURED}
+
+    def _text(self, token_id: int) -> str:
+        if token_id not in self._texts:
+            text = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+            # SentencePiece decoders drop the space that a piece begins with
+            if str(self._tokenizer.convert_ids_to_tokens(token_id)).startswith("\u2581") and text[:1] != " ":
+                text = " " + text
+            self._texts[token_id] = text.encode("utf-8", errors="replace").decode("utf-8")
+        return self._texts[token_id]
+
+
+def _whole_completions(columns: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
+    """The first completions of a micro-batch (shuffled, so any) with their prompts, `(columns, tokens)`."""
+    rows = slice(WHOLE_COMPLETIONS)
+    completions = torch.stack([columns[name][rows, :WHOLE_TOKENS].float() for name in MEASURED])
+    prompt_ids = inputs["prompt_ids"][rows, -PROMPT_TOKENS:]
+    prompts = completions.new_full((len(MEASURED), *prompt_ids.shape), torch.nan)
+    prompts[MEASURED.index("token_id")] = prompt_ids.float()
+    prompts[MEASURED.index("completion")] = completions[MEASURED.index("completion"), :, :1]
+    prompts[MEASURED.index("position")] = torch.arange(-prompt_ids.shape[1], 0, device=prompt_ids.device).float()
+    prompts[MEASURED.index("turn")] = -1.0
+    prompts[MEASURED.index("written")] = 0.0
+    present = torch.cat(
+        [inputs["prompt_mask"][rows, -PROMPT_TOKENS:], inputs["completion_mask"][rows, :WHOLE_TOKENS]], 1
+    )
+    block = torch.cat([torch.cat([prompts, completions], dim=2), present.float().unsqueeze(0)])
+    return block.flatten(1)
+
+
+class RecorderCallback(TrainerCallback):
+    """Starts a recorder with the training, and has it write at every checkpoint and at the end."""
+
+    def __init__(self, recorder: TokenRecorder, micro_per_rollout: int) -> None:
+        self.recorder = recorder
+        self._micro_per_rollout = micro_per_rollout
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        schedule = Schedule(args.gradient_accumulation_steps, self._micro_per_rollout, state.max_steps)
+        self.recorder.start(state.global_step, schedule)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        self.recorder.flush()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.recorder.flush()
