@@ -9,6 +9,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_entropy import EntropyGRPOConfig
+from trl_entropy.controls import compose
 
 ALL_CONTROLS = {
     "erc_low": 0.95,
@@ -168,7 +169,7 @@ def test_metrics_are_logged_in_training_and_evaluation(make_trainer, tiny_datase
 def test_metrics_are_token_means_over_the_logging_window(make_trainer, monkeypatch):
     trainer = make_trainer(erc_low=0.95, erc_high=1.05, logging_steps=4, max_steps=4)
     clipped, counted = [], []
-    from trl_entropy.trainers import grpo
+    real = compose.erc
 
     def spy(tokens, entropies, old_entropies, **bounds):
         ratio = (entropies + 1e-8) / (old_entropies + 1e-8)
@@ -176,8 +177,7 @@ def test_metrics_are_token_means_over_the_logging_window(make_trainer, monkeypat
         counted.append(tokens.mask.sum().item())
         return real(tokens, entropies, old_entropies, **bounds)
 
-    real = grpo.erc
-    monkeypatch.setattr(grpo, "erc", spy)
+    monkeypatch.setattr(compose, "erc", spy)
     trainer.train()
     assert len(counted) == 4
     assert logged(trainer, "erc/clip_fraction") == [pytest.approx(sum(clipped) / sum(counted), rel=1e-6)]

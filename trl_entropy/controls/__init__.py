@@ -5,6 +5,7 @@ carry no autograd graph: they decide how much gradient a token gets and are neve
 """
 
 from .ce_gppo import ce_gppo
+from .compose import clip_controls
 from .epo import EntropyHistory, epo, epo_beta
 from .erc import entropy_ratio, erc
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
@@ -17,6 +18,7 @@ __all__ = [
     "TokenMean",
     "bounded_old_logps",
     "ce_gppo",
+    "clip_controls",
     "clipped_by_ppo",
     "entropy_ratio",
     "epo",

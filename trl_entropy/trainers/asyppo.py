@@ -63,7 +63,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
     ) -> None:
         if not isinstance(args, AsyPPOConfig):
             raise TypeError(f"args={type(args).__name__} must be an AsyPPOConfig, which has the critics' settings.")
-        sources = _critic_sources(critics, args.num_critics)
+        sources = critic_sources(critics, args.num_critics)
         super().__init__(model, reward_funcs, args, *others, **kwargs)
         for source in sources:
             check_tokenizer(self._tokenizer, source, trust_remote_code=args.trust_remote_code)
@@ -247,7 +247,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
             self.critics.save(os.path.join(output_dir or self.args.output_dir, "critics"))
 
 
-def _critic_sources(critics: Any, num_critics: int) -> list[str | nn.Module]:
+def critic_sources(critics: Any, num_critics: int) -> list[str | nn.Module]:
     """One model id, folder or module per critic; a module that serves for several is copied."""
     if critics is None:
         raise ValueError("critics is missing: name a small model with the policy's tokenizer, or give a module.")

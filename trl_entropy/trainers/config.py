@@ -111,6 +111,18 @@ class EntropyControls:
     def epo_enabled(self) -> bool:
         return self.epo_coef != 0.0
 
+    @property
+    def erc_bounds(self) -> tuple[float, float] | None:
+        """`(low, high)`, or `None` where ERC is off."""
+        low, high = self.erc_low, self.erc_high
+        return None if low is None or high is None else (low, high)
+
+    @property
+    def ce_gppo_alphas(self) -> tuple[float, float] | None:
+        """`(alpha1, alpha2)`, or `None` where CE-GPPO is off."""
+        alpha1, alpha2 = self.ce_gppo_alpha1, self.ce_gppo_alpha2
+        return None if alpha1 is None or alpha2 is None else (alpha1, alpha2)
+
     def check_controls(self) -> None:
         self._check_erc()
         self._check_ce_gppo()

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,15 +13,12 @@ from ..controls import (
     PolicyTokens,
     TokenMean,
     bounded_old_logps,
-    ce_gppo,
-    clipped_by_ppo,
+    clip_controls,
     epo,
     epo_beta,
-    erc,
     log_importance_weight,
     positive_nll,
 )
-from ..controls.importance import ratio_of
 from ..telemetry.metrics import TokenMeans, turn_entropies
 from ..telemetry.recorder import RecorderCallback, TokenRecorder, Update
 from .card import add_methods
@@ -159,40 +155,23 @@ class EntropyGRPOTrainer(GRPOContact):
         )
         self._keep_off_policy_mask(inputs, tokens.old_logps)
         old_entropies = entropies if on_policy else inputs.get("old_entropies")
-        shaped, metrics = self._shape(tokens, entropies, old_entropies)
+        shaped, metrics = clip_controls(
+            tokens,
+            entropies,
+            old_entropies,
+            level=self.importance_sampling_level,
+            eps_low=self.epsilon_low,
+            eps_high=self.epsilon_high,
+            ce_gppo_alphas=self.args.ce_gppo_alphas,
+            erc_bounds=self.args.erc_bounds,
+            delta=self.args.delta,
+        )
         inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
         self._count(call, metrics)
 
     def _count(self, call: LossCall, metrics: Mapping[str, TokenMean]) -> None:
         call.metrics.update(metrics)
         self._token_means[self.mode].add(metrics)
-
-    def _shape(
-        self, tokens: PolicyTokens, entropies: Tensor, old_entropies: Tensor | None
-    ) -> tuple[PolicyTokens, dict[str, TokenMean]]:
-        """Run the controls in their order; the first reads the raw ratio, each later one what the one before left."""
-        args = self.args
-        log_weight = log_importance_weight(tokens.logps, tokens.old_logps, tokens.mask, self.importance_sampling_level)
-        clip_range = {"eps_low": self.epsilon_low, "eps_high": self.epsilon_high}
-        low, high = clipped_by_ppo(ratio_of(log_weight), tokens.advantages, **clip_range)
-        metrics = {
-            "ppo_clip/low_fraction": TokenMean(low, tokens.mask),
-            "ppo_clip/high_fraction": TokenMean(high, tokens.mask),
-        }
-        tokens = replace(tokens, old_logps=bounded_old_logps(tokens.old_logps, log_weight))
-        if args.ce_gppo_enabled:
-            alphas = {"alpha1": args.ce_gppo_alpha1, "alpha2": args.ce_gppo_alpha2}
-            tokens, added = ce_gppo(tokens, log_weight, **alphas, **clip_range, delta=args.delta)
-            metrics |= added
-        if args.erc_enabled:
-            if old_entropies is None:
-                raise KeyError(
-                    "ERC needs the rollout's entropies: the micro-batch has `old_per_token_logps` and no "
-                    "`old_entropies`. Let the trainer make the rollout, or add them."
-                )
-            tokens, added = erc(tokens, entropies, old_entropies, low=args.erc_low, high=args.erc_high)
-            metrics |= added
-        return tokens, metrics
 
     def added_loss(self, call: LossCall) -> Tensor | None:
         added = []

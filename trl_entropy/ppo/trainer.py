@@ -1,0 +1,296 @@
+"""PPO with entropy control on TRL's PPOTrainer."""
+
+import os
+import warnings
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.experimental.ppo.ppo_trainer import forward, masked_mean, masked_whiten
+
+from ..controls import EntropyHistory, PolicyTokens, TokenMean, clip_controls, epo, epo_beta
+from ..critics import CriticEnsemble, explained_variance, highest_fraction, lowest_fraction
+from ..telemetry.metrics import TokenMeans
+from .advantages import gae
+from .config import CRITIC_FIELDS, PPOControls
+from .critics import NoValueModel, critic_sources, load_critics
+from .loop import PPOCall, PPOLoop
+
+
+class EntropyPPOTrainer(PPOLoop):
+    """`trl.experimental.ppo.PPOTrainer` of TRL 1.12 with ERC, CE-GPPO, EPO, an entropy bonus and AsyPPO's critics.
+
+    Arguments, dataset (tokenized `input_ids`), callbacks, files and metrics are TRL's. With no control and a
+    `value_model` its updates equal TRL's bit for bit; with a plain `PPOConfig` every control is off. The controls act
+    on each token in this order: PPO-clip decides on the raw ratio which tokens it would drop, CE-GPPO re-weights
+    those, ERC gates every token, AsyPPO's mask comes last.
+
+    TRL takes the rollout's log-probs from generation, which knows no mixed precision. With ERC, EPO or vLLM they come,
+    with the entropies, from a forward pass as in training, so that importance and entropy ratios start at 1.
+
+    Args:
+        args (`PPOConfig` or [`EntropyPPOConfig`]): The configuration.
+        value_model: As in TRL; leave it out where `critics` are given.
+        critics (`str`, `nn.Module` or a list of them, *optional*): AsyPPO's ensemble (arXiv 2510.01656) in place of
+            the value model: model id, folder or token-classification module of a critic, used `num_critics` times, or
+            one per critic. They have their own optimizers, and `critics/` in every checkpoint. A prompt has one
+            response here, so each critic trains on its random share of the batch.
+        critic_peft_config (`peft.PeftConfig`, *optional*): Trains the critics as adapters.
+        processing_class, model, ref_model, reward_model, train_dataset, data_collator, eval_dataset, optimizers,
+            callbacks, peft_config: As in TRL.
+
+    Raises:
+        ValueError: If not exactly one of `value_model` and `critics` is given, if `critics` does not match
+            `num_critics` or has another tokenizer than the policy, or if a field of the critics is set without any.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "ppo", "trl-entropy"]
+
+    def __init__(
+        self,
+        args: Any,
+        processing_class: Any,
+        model: Any,
+        ref_model: Any,
+        reward_model: Any,
+        train_dataset: Any,
+        value_model: Any = None,
+        data_collator: Any = None,
+        eval_dataset: Any = None,
+        optimizers: Any = (None, None),
+        callbacks: Any = None,
+        peft_config: Any = None,
+        *,
+        critics: str | nn.Module | list[str | nn.Module] | None = None,
+        critic_peft_config: Any = None,
+    ) -> None:
+        self.controls = args if isinstance(args, PPOControls) else PPOControls()
+        _check_models(self.controls, value_model, critics)
+        self._token_means = TokenMeans()
+        self._entropy_history = EntropyHistory()
+        self._critic_metrics: dict[str, float] = {}
+        self.critics: CriticEnsemble | None = None
+        super().__init__(
+            args,
+            processing_class,
+            model,
+            ref_model,
+            reward_model,
+            train_dataset,
+            value_model if critics is None else NoValueModel(),
+            data_collator=data_collator,
+            eval_dataset=eval_dataset,
+            optimizers=optimizers,
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
+        if critics is not None:
+            sources = critic_sources(critics, self.controls.num_critics, processing_class, self.args.batch_size)
+            self.critics = load_critics(sources, self.controls, self.args, self.accelerator.device, critic_peft_config)
+        self.engine = self._start_vllm() if self.controls.use_vllm else None
+
+    def _start_vllm(self) -> Any:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("use_vllm=True cannot be used with DeepSpeed or FSDP. Set use_vllm=False.")
+        from .vllm import VLLMEngine
+
+        return VLLMEngine(
+            self.policy_model, self.accelerator, self.processing_class, self.args, self.controls, self.stop_token_id
+        )
+
+    def generate(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        if self.engine is not None:
+            query_responses = self.engine.generate(queries)
+        else:
+            query_responses, logits = super().generate(queries)
+            if not self.wants_old_entropies:
+                return query_responses, logits
+            del logits
+        return query_responses, self._logits(query_responses, queries.shape[1])
+
+    def _logits(self, query_responses: Tensor, context_length: int) -> Tensor:
+        """The policy's logits of the responses as training computes them, over the temperature, `(B, T, V)`."""
+        found = []
+        for rows in query_responses.split(self.args.local_rollout_forward_batch_size):
+            output, _ = forward(self.model, rows, self.processing_class.pad_token_id)
+            found.append(self._response_logits(output, rows[:, context_length:]))
+        return torch.cat(found)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether a control is on or critics take the value model's place."""
+        return self.controls.any_control_enabled or self.critics is not None
+
+    @property
+    def wants_old_entropies(self) -> bool:
+        return self.controls.erc_enabled or self.controls.epo_enabled
+
+    @property
+    def wants_entropy_gradients(self) -> bool:
+        return self.controls.epo_enabled or self.controls.entropy_bonus_enabled
+
+    def rollout_values(self, query_responses: Tensor, context_length: int) -> Tensor:
+        if self.critics is None:
+            return super().rollout_values(query_responses, context_length)
+        # those of the critics are computed for the whole rollout, in `add_advantages`
+        return torch.zeros_like(query_responses[:, context_length:], dtype=torch.float32)
+
+    def add_advantages(self, rollout: dict[str, Tensor]) -> None:
+        if self.critics is None:
+            return super().add_advantages(rollout)
+        args, controls, valid = self.args, self.controls, ~rollout["padding_mask"]
+        learnt = ~rollout["padding_mask_p1"]
+        values = self.critics.values(*self._critic_inputs(rollout), valid.shape[1], self._critic_batch_size())
+        values = torch.where(learnt, values[:, :, :-1], 0.0)
+        mean, deviation = values.mean(0), values.std(0, unbiased=False)
+        advantages = gae(rollout["rewards"], mean, args.gamma, args.lam)
+        targets = gae(rollout["rewards"], mean, args.gamma, controls.critic_gae_lambda) + mean
+        rollout["values"], rollout["returns"], rollout["value_std"] = mean, targets, deviation
+        rollout["advantages"] = torch.where(valid, masked_whiten(advantages, valid), 0.0)
+        gather = self.accelerator.gather
+        rollout["advantage_masked"] = lowest_fraction(deviation, valid, controls.advantage_mask_fraction, gather)
+        rollout["entropy_filtered"] = highest_fraction(deviation, valid, controls.entropy_filter_fraction, gather)
+
+    def _critic_inputs(self, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Input ids and attention mask; the padding token need not be in a critic's vocabulary."""
+        attention = rollout["query_responses"] != self.processing_class.pad_token_id
+        return rollout["query_responses"].masked_fill(~attention, 0), attention.long()
+
+    def _critic_batch_size(self) -> int:
+        return self.controls.critic_per_device_train_batch_size or self.args.per_device_train_batch_size
+
+    def train_on(self, rollout: dict[str, Tensor]) -> None:
+        super().train_on(rollout)
+        if self.controls.epo_enabled:
+            self._entropy_history.add(rollout["old_entropies"], ~rollout["padding_mask"])
+            self._entropy_history.finish_step(self._sum_over_processes)
+        if self.critics is not None:
+            self._train_critics(self.critics, rollout)
+        self._token_means.close_window(self.accelerator.reduce)
+
+    def _train_critics(self, critics: CriticEnsemble, rollout: dict[str, Tensor]) -> None:
+        learnt, share = ~rollout["padding_mask_p1"], len(rollout["responses"])
+        start = self.accelerator.process_index * share
+        variance = explained_variance(rollout["values"], rollout["returns"], learnt, self._sum_over_processes)
+        found = critics.train_on(
+            *self._critic_inputs(rollout),
+            learnt,
+            rollout["returns"],
+            critic_of_row=critics.assign([self.args.batch_size]),
+            rows=torch.arange(start, start + share),
+            epochs=self.controls.critic_num_epochs,
+            batch_size=self._critic_batch_size(),
+        )
+        losses = [value for name, value in found.items() if name.endswith("/loss")]
+        self._critic_metrics = {f"asyppo/{name}": value for name, value in found.items()} | {
+            "asyppo/explained_variance": variance,
+            "loss/value_avg": sum(losses) / max(len(losses), 1),
+        }
+
+    def _sum_over_processes(self, totals: Tensor) -> Tensor:
+        return self.accelerator.reduce(self.accelerator.pad_across_processes(totals, dim=0))
+
+    def value_loss(self, call: PPOCall) -> Tensor | None:
+        return super().value_loss(call) if self.critics is None else None
+
+    @torch.no_grad()
+    def shape(self, call: PPOCall) -> PolicyTokens:
+        if not self.controlled:
+            return call.tokens
+        controls, entropies = self.controls, call.entropies.detach()
+        tokens, metrics = clip_controls(
+            call.tokens,
+            entropies,
+            call.inputs.get("old_entropies"),
+            level="token",
+            eps_low=self.args.cliprange,
+            eps_high=self.args.cliprange,
+            ce_gppo_alphas=controls.ce_gppo_alphas,
+            erc_bounds=controls.erc_bounds,
+        )
+        if self.critics is not None:
+            tokens, added = self._mask_advantages(tokens, entropies, call.inputs)
+            metrics |= added
+        self._token_means.add(metrics)
+        return tokens
+
+    def _mask_advantages(
+        self, tokens: PolicyTokens, entropies: Tensor, inputs: dict[str, Tensor]
+    ) -> tuple[PolicyTokens, dict[str, TokenMean]]:
+        masked, filtered, mask = inputs["advantage_masked"], inputs["entropy_filtered"], tokens.mask
+        return replace(tokens, advantages=torch.where(masked, 0.0, tokens.advantages)), {
+            "asyppo/masked_fraction": TokenMean(masked, mask),
+            "asyppo/filtered_fraction": TokenMean(filtered, mask),
+            "asyppo/entropy_masked": TokenMean(entropies, mask & masked),
+            "asyppo/entropy_filtered": TokenMean(entropies, mask & filtered),
+            "asyppo/value_std": TokenMean(inputs["value_std"], mask),
+        }
+
+    def added_loss(self, call: PPOCall) -> Tensor | None:
+        added, entropies = [], call.entropies
+        if self.critics is not None:
+            entropies = torch.where(call.inputs["entropy_filtered"], entropies.detach(), entropies)
+        if self.controls.entropy_bonus_enabled:
+            added.append(-self.controls.entropy_coef * masked_mean(entropies, call.tokens.mask))
+        if self.controls.epo_enabled:
+            added.append(self.controls.epo_coef * self._epo_loss(call, entropies))
+        return torch.stack(added).sum() if added else None
+
+    def _epo_loss(self, call: PPOCall, bonus_entropies: Tensor) -> Tensor:
+        controls, history, mask = self.controls, self._entropy_history, call.tokens.mask
+        loss, metrics = epo(
+            call.entropies,
+            mask,
+            history.mean(controls.epo_history, like=call.entropies.detach()),
+            beta=epo_beta(
+                len(history), self.args.num_total_batches, gamma=controls.epo_gamma, schedule=controls.epo_schedule
+            ),
+            kappa_low=controls.epo_kappa_low,
+            kappa_high=controls.epo_kappa_high,
+            penalty=controls.epo_penalty,
+            form=controls.epo_form,
+            num_trajectories=mask.any(1).sum().clamp(min=1),
+            bonus_entropies=bonus_entropies,
+        )
+        self._token_means.add(metrics)
+        return loss
+
+    def extra_metrics(self) -> dict[str, float]:
+        return self._token_means.pop() | self._critic_metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.critics is not None:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.critics.save(os.path.join(self._get_output_dir(trial=trial), name, "critics"))
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.critics is not None and not _internal_call:
+            self.critics.save(os.path.join(output_dir or self.args.output_dir, "critics"))
+
+
+def _check_models(controls: PPOControls, value_model: Any, critics: Any) -> None:
+    if (value_model is None) == (critics is None):
+        given = "neither" if critics is None else "both"
+        raise ValueError(
+            f"value_model and critics: {given} given. Give value_model for TRL's single value model, or critics for "
+            "AsyPPO's ensemble."
+        )
+    if critics is None:
+        for field in fields(PPOControls):
+            value = getattr(controls, field.name)
+            if field.name in CRITIC_FIELDS and value != field.default:
+                raise ValueError(
+                    f"{field.name}={value} is for an ensemble of critics, and there is a value_model. Give critics "
+                    f"instead of it, or leave {field.name} out."
+                )
+    elif controls.entropy_filter_fraction and not (controls.entropy_bonus_enabled or controls.epo_enabled):
+        warnings.warn(
+            f"entropy_filter_fraction={controls.entropy_filter_fraction} does nothing: there is no entropy bonus to "
+            "filter. Set entropy_coef or epo_coef, or entropy_filter_fraction=0.",
+            UserWarning,
+            stacklevel=3,
+        )
