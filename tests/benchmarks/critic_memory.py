@@ -89,7 +89,7 @@ def build(arm: str, size: Size, folder: str, device: str) -> EntropyGRPOTrainer:
         "output_dir": folder,
         "use_cpu": not on_gpu,
         "bf16": on_gpu,
-        "gradient_checkpointing": on_gpu,
+        "gradient_checkpointing": True,  # TRL's default
         "report_to": "none",
         "per_device_train_batch_size": size.completions,
         "num_generations": 2,
@@ -111,7 +111,7 @@ def build(arm: str, size: Size, folder: str, device: str) -> EntropyGRPOTrainer:
         **fractions,
         num_critics=len(shapes),
         critic_dtype="bfloat16" if on_gpu else "float32",
-        critic_gradient_checkpointing=on_gpu,
+        critic_gradient_checkpointing=True,
     )
     critics = [Qwen2ForTokenClassification(architecture(shape, size.vocabulary)).to(dtype) for shape in shapes]
     return AsyPPOTrainer(policy, args=args, critics=critics, **others)
