@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from trl_entropy.tasks import arithmetic, get_task
+from trl_entropy.tasks import arithmetic, get_task, tiny_policy
 from trl_entropy.tasks.arithmetic import exact_answer_reward, load
 from trl_entropy.tasks.tiny_policy import make_model, make_tokenizer
 
@@ -98,7 +98,7 @@ def test_warm_up_reaches_its_accuracy_and_the_seed_fixes_the_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(arithmetic, "WARM_UP_ACCURACY", 0.0005)
-    monkeypatch.setattr(arithmetic, "WARM_UP_BATCH", 32)
+    monkeypatch.setattr(tiny_policy, "WARM_UP_BATCH", 32)
     state = torch.get_rng_state()
     weights, accuracies = [], []
     for seed in (0, 0, 1):
@@ -106,7 +106,7 @@ def test_warm_up_reaches_its_accuracy_and_the_seed_fixes_the_weights(
         model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         problems = arithmetic._encode(tokenizer, load("train", arithmetic.PROBE_PROBLEMS))
         weights.append(model.lm_head.weight.detach().clone())
-        accuracies.append(arithmetic._answer_probability(model, *problems))
+        accuracies.append(tiny_policy.repeat_probability(model, *problems))
         torch.rand(3)
         torch.set_rng_state(state)
     assert torch.equal(weights[0], weights[1])
@@ -122,8 +122,8 @@ def test_policy_leaves_the_random_state_of_the_caller(no_warm_up: None, tmp_path
 
 
 def test_warm_up_that_does_not_get_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(arithmetic, "WARM_UP_MAX_STEPS", 1)
-    with pytest.raises(RuntimeError, match=r"WARM_UP_MAX_STEPS=1 steps, not WARM_UP_ACCURACY=0\.25. Try another seed"):
+    monkeypatch.setattr(tiny_policy, "WARM_UP_MAX_STEPS", 1)
+    with pytest.raises(RuntimeError, match=r"WARM_UP_MAX_STEPS=1 steps, not 0\.25. Try another seed"):
         arithmetic.build_policy(str(tmp_path), 0)
 
 
@@ -140,5 +140,5 @@ def test_answer_probability_is_the_product_over_answer_and_end_token_by_token() 
             ids.append(token)
         expected += probability / len(rows)
     problems = arithmetic._encode(tokenizer, type(load("test")).from_list(rows))
-    assert arithmetic._answer_probability(model, *problems) == pytest.approx(expected, rel=1e-4)
+    assert tiny_policy.repeat_probability(model, *problems) == pytest.approx(expected, rel=1e-4)
     assert expected > 0

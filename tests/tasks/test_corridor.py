@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
-from trl_entropy.tasks import corridor, get_task
+from trl_entropy.tasks import corridor, get_task, tiny_policy
 from trl_entropy.tasks.multi_turn import Step
 
 EPISODE = "vxw.oopopoop"
@@ -88,7 +88,7 @@ def test_policy_is_small_and_starts_at_a_quarter(policy):
     turns = [list(corridor.demonstration(name)) for name in corridor.load("test")["prompt"]]
     input_ids, labels = corridor._encode(PreTrainedTokenizerFast.from_pretrained(policy), turns)
     assert (labels != -100).sum(1).tolist() == [len(RIGHT)] * 400
-    assert 0.1 < corridor._success_probability(model, input_ids, labels) < 0.5
+    assert 0.1 < tiny_policy.repeat_probability(model, input_ids, labels) < 0.5
 
 
 def test_policy_leaves_the_random_state_alone(tmp_path, monkeypatch):
@@ -101,8 +101,8 @@ def test_policy_leaves_the_random_state_alone(tmp_path, monkeypatch):
 
 
 def test_warm_up_that_fails_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(corridor, "WARM_UP_MAX_STEPS", 1)
-    with pytest.raises(RuntimeError, match=r"in WARM_UP_MAX_STEPS=1 steps, not WARM_UP_SUCCESS=0\.25"):
+    monkeypatch.setattr(tiny_policy, "WARM_UP_MAX_STEPS", 1)
+    with pytest.raises(RuntimeError, match=r"in WARM_UP_MAX_STEPS=1 steps, not 0\.25"):
         corridor.build_policy(str(tmp_path), seed=0)
 
 

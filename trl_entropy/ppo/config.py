@@ -1,11 +1,11 @@
 """The configuration of PPO with entropy control on TRL's PPOTrainer."""
 
-import math
 import warnings
 from dataclasses import dataclass, field, fields
 
 from trl.experimental.ppo import PPOConfig
 
+from ..trainers.asyppo_config import check_ensemble
 from ..trainers.config import EntropyControls
 
 
@@ -101,30 +101,13 @@ class PPOControls(EntropyControls):
         super().check_controls()
         self._check_not_negative("entropy_coef", "0.001 to 0.01; 0 is off")
         self._check_critics()
-        self._check_fractions()
 
     def _check_critics(self) -> None:
         for name in ("num_critics", "critic_num_epochs", "critic_per_device_train_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        if not 0.0 < self.critic_learning_rate < math.inf:
-            raise ValueError(f"critic_learning_rate={self.critic_learning_rate} must be above 0. Default: 1e-5.")
-        if self.critic_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"critic_dtype={self.critic_dtype!r} is unknown. Choose float32 or bfloat16.")
-        if not 0.0 <= self.critic_gae_lambda <= 1.0:
-            raise ValueError(f"critic_gae_lambda={self.critic_gae_lambda} must be in [0, 1]. Published: 1.")
-
-    def _check_fractions(self) -> None:
-        for name in ("advantage_mask_fraction", "entropy_filter_fraction"):
-            fraction = getattr(self, name)
-            if not 0.0 <= fraction < 1.0:
-                raise ValueError(f"{name}={fraction} must be in [0, 1). Published: 0.2; 0 is off.")
-            if fraction and self.num_critics == 1:
-                raise ValueError(
-                    f"{name}={fraction} needs the disagreement of at least two critics, and num_critics=1. Set "
-                    f"{name}=0, or num_critics=2."
-                )
+        check_ensemble(self)
 
 
 CRITIC_FIELDS = {

@@ -9,22 +9,17 @@ from itertools import combinations_with_replacement
 
 import torch
 from datasets import Dataset
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from trl_entropy.tasks import Task
-from trl_entropy.tasks.tiny_policy import make_model, make_tokenizer, save_policy
+from trl_entropy.tasks.tiny_policy import make_model, make_tokenizer, save_policy, warm_up
 
 CHARACTERS = "0123456789+-*/=?abcdefghijklmnopqrstuvwxyz"
 SPLIT_SEED = 0
 NUM_TEST_PAIRS = 512
 
 WARM_UP_ACCURACY = 0.25
-WARM_UP_MAX_STEPS = 2000
-WARM_UP_BATCH = 128
-WARM_UP_LEARNING_RATE = 1e-3
 PROBE_PROBLEMS = 512
-PROBE_EVERY = 10
 
 
 def load(split: str, size: int | None = None) -> Dataset:
@@ -73,13 +68,14 @@ def build_policy(output_dir: str, seed: int) -> str:
         `output_dir`, which `AutoModelForCausalLM` and `AutoTokenizer` load.
 
     Raises:
-        RuntimeError: If the accuracy is not reached in `WARM_UP_MAX_STEPS` steps.
+        RuntimeError: If the accuracy is not reached; see `warm_up`.
     """
     tokenizer = make_tokenizer(CHARACTERS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(tokenizer, hidden_size=128, num_layers=4, max_length=64)
-        _warm_up(model, _encode(tokenizer, load("train")))
+        demonstrations = _encode(tokenizer, load("train"))
+        warm_up(model, *demonstrations, until=WARM_UP_ACCURACY, probe=PROBE_PROBLEMS, name="accuracy")
     return save_policy(model, tokenizer, output_dir)
 
 
@@ -92,39 +88,5 @@ def _encode(tokenizer: PreTrainedTokenizerFast, problems: Dataset) -> tuple[torc
     is_prompt = torch.arange(encoded.input_ids.shape[1]) < prompt_lengths
     return encoded.input_ids, encoded.input_ids.masked_fill(is_prompt | (encoded.attention_mask == 0), -100)
 
-
-def _warm_up(model: Qwen2ForCausalLM, train: tuple[torch.Tensor, torch.Tensor]) -> None:
-    input_ids, labels = train
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_UP_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    accuracy = 0.0
-    with tqdm(total=WARM_UP_ACCURACY, desc="warm-up", bar_format=_BAR_FORMAT) as bar:
-        for step in range(WARM_UP_MAX_STEPS):
-            if step % PROBE_EVERY == 0:
-                accuracy = _answer_probability(model, input_ids[:PROBE_PROBLEMS], labels[:PROBE_PROBLEMS])
-                bar.set_postfix(step=step)
-                bar.update(max(0.0, min(accuracy, WARM_UP_ACCURACY) - bar.n))
-            if accuracy >= WARM_UP_ACCURACY:
-                return
-            rows = torch.randint(len(input_ids), (WARM_UP_BATCH,))
-            model(input_ids=input_ids[rows], labels=labels[rows]).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    raise RuntimeError(
-        f"The warm-up reached accuracy {accuracy:.2f} in WARM_UP_MAX_STEPS={WARM_UP_MAX_STEPS} steps, not "
-        f"WARM_UP_ACCURACY={WARM_UP_ACCURACY}. Try another seed."
-    )
-
-
-@torch.no_grad()
-def _answer_probability(model: Qwen2ForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean over problems of the probability that sampling at temperature 1 gives the answer and stops."""
-    log_probs = model(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
-    targets = labels[:, 1:]
-    token_log_probs = log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return token_log_probs.masked_fill(targets == -100, 0.0).sum(1).exp().mean().item()
-
-
-_BAR_FORMAT = "{desc}: accuracy {n:.2f} of {total:.2f} |{bar}| {elapsed}{postfix}"
 
 TASK = Task(name="arithmetic", load=load, reward_funcs=(exact_answer_reward,), build_policy=build_policy)

@@ -19,12 +19,11 @@ from itertools import product
 
 import torch
 from datasets import Dataset
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from trl_entropy.tasks import Task
 from trl_entropy.tasks.multi_turn import MultiTurnRollout, Step, episode_reward
-from trl_entropy.tasks.tiny_policy import make_model, make_tokenizer, save_policy
+from trl_entropy.tasks.tiny_policy import make_model, make_tokenizer, save_policy, warm_up
 
 KEY_OF = {"v": "c", "w": "a", "x": "e", "y": "b", "z": "d"}
 NUM_LOCKS = 3
@@ -38,11 +37,7 @@ NUM_TEST_LOCKS = 25
 PATTERNS_PER_LOCKS = 16
 
 WARM_UP_SUCCESS = 0.25
-WARM_UP_MAX_STEPS = 2000
-WARM_UP_BATCH = 128
-WARM_UP_LEARNING_RATE = 1e-3
 PROBE_EPISODES = 256
-PROBE_EVERY = 10
 
 
 def load(split: str, size: int | None = None) -> Dataset:
@@ -140,14 +135,14 @@ def build_policy(output_dir: str, seed: int) -> str:
         `output_dir`, which `AutoModelForCausalLM` and `AutoTokenizer` load.
 
     Raises:
-        RuntimeError: If the success rate is not reached in `WARM_UP_MAX_STEPS` steps.
+        RuntimeError: If the success rate is not reached; see `warm_up`.
     """
     tokenizer = make_tokenizer(CHARACTERS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(tokenizer, hidden_size=64, num_layers=2, max_length=64)
         texts = [list(demonstration(name)) for name in load("train")["prompt"]]
-        _warm_up(model, *_encode(tokenizer, texts))
+        warm_up(model, *_encode(tokenizer, texts), until=WARM_UP_SUCCESS, probe=PROBE_EPISODES, name="success")
     return save_policy(model, tokenizer, output_dir)
 
 
@@ -165,39 +160,6 @@ def _encode(
             labels[row, end - 1] = input_ids[row, end - 1]
     return input_ids, labels
 
-
-def _warm_up(model: Qwen2ForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_UP_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    success = 0.0
-    with tqdm(total=WARM_UP_SUCCESS, desc="warm-up", bar_format=_BAR_FORMAT) as bar:
-        for step in range(WARM_UP_MAX_STEPS):
-            if step % PROBE_EVERY == 0:
-                success = _success_probability(model, input_ids[:PROBE_EPISODES], labels[:PROBE_EPISODES])
-                bar.set_postfix(step=step)
-                bar.update(max(0.0, min(success, WARM_UP_SUCCESS) - bar.n))
-            if success >= WARM_UP_SUCCESS:
-                return
-            rows = torch.randint(len(input_ids), (WARM_UP_BATCH,))
-            model(input_ids=input_ids[rows], labels=labels[rows]).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    raise RuntimeError(
-        f"The warm-up reached success rate {success:.2f} in WARM_UP_MAX_STEPS={WARM_UP_MAX_STEPS} steps, not "
-        f"WARM_UP_SUCCESS={WARM_UP_SUCCESS}. Try another seed."
-    )
-
-
-@torch.no_grad()
-def _success_probability(model: Qwen2ForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean over demonstrations of the probability that sampling at temperature 1 repeats them."""
-    log_probs = model(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
-    targets = labels[:, 1:]
-    token_log_probs = log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return token_log_probs.masked_fill(targets == -100, 0.0).sum(1).exp().mean().item()
-
-
-_BAR_FORMAT = "{desc}: success {n:.2f} of {total:.2f} |{bar}| {elapsed}{postfix}"
 
 TASK = Task(
     name="corridor", load=load, reward_funcs=(episode_reward,), build_policy=build_policy, build_rollout=build_rollout

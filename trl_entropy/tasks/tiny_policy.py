@@ -2,10 +2,17 @@
 
 from pathlib import Path
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
+WARM_UP_MAX_STEPS = 2000
+WARM_UP_BATCH = 128
+WARM_UP_LEARNING_RATE = 1e-3
+PROBE_EVERY = 10
 
 
 def make_tokenizer(characters: str) -> PreTrainedTokenizerFast:
@@ -58,6 +65,53 @@ def make_model(
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def warm_up(
+    model: Qwen2ForCausalLM, input_ids: Tensor, labels: Tensor, *, until: float, probe: int, name: str
+) -> None:
+    """Train on demonstrations until sampling repeats enough of them; draws rows from PyTorch's random numbers.
+
+    Args:
+        model: The policy.
+        input_ids: Demonstrations, `(N, T)`.
+        labels: The same, -100 except at the tokens that the policy writes, `(N, T)`.
+        until: `repeat_probability` on the first `probe` rows at which to stop.
+        probe: See `until`.
+        name: What that probability is to the task, such as `"accuracy"`.
+
+    Raises:
+        RuntimeError: If it is not reached in `WARM_UP_MAX_STEPS` steps.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_UP_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    bar_format = f"{{desc}}: {name} {{n:.2f}} of {{total:.2f}} |{{bar}}| {{elapsed}}{{postfix}}"
+    found = 0.0
+    with tqdm(total=until, desc="warm-up", bar_format=bar_format) as bar:
+        for step in range(WARM_UP_MAX_STEPS):
+            if step % PROBE_EVERY == 0:
+                found = repeat_probability(model, input_ids[:probe], labels[:probe])
+                bar.set_postfix(step=step)
+                bar.update(max(0.0, min(found, until) - bar.n))
+            if found >= until:
+                return
+            rows = torch.randint(len(input_ids), (WARM_UP_BATCH,))
+            model(input_ids=input_ids[rows], labels=labels[rows]).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    raise RuntimeError(
+        f"The warm-up reached {name} {found:.2f} in WARM_UP_MAX_STEPS={WARM_UP_MAX_STEPS} steps, not {until}. Try "
+        "another seed."
+    )
+
+
+@torch.no_grad()
+def repeat_probability(model: Qwen2ForCausalLM, input_ids: Tensor, labels: Tensor) -> float:
+    """Mean over demonstrations of the probability that sampling at temperature 1 repeats what is labelled in them."""
+    log_probs = model(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
+    targets = labels[:, 1:]
+    token_log_probs = log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return token_log_probs.masked_fill(targets == -100, 0.0).sum(1).exp().mean().item()
 
 
 def save_policy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: str) -> str:

@@ -1,7 +1,9 @@
 """The configuration of AsyPPO."""
 
+import math
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 from .config import EntropyGRPOConfig
 
@@ -92,7 +94,7 @@ class AsyPPOConfig(EntropyGRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_critics()
-        self._check_fractions()
+        self._warn_if_nothing_to_filter()
         if self.loss_type == "vespo":
             raise ValueError(
                 "loss_type='vespo' weights whole sequences by the sign of one advantage, and AsyPPO's advantages are "
@@ -114,28 +116,42 @@ class AsyPPOConfig(EntropyGRPOConfig):
                 f"critic_per_device_train_batch_size={batch_size} must be at least 1, or left out for "
                 f"per_device_train_batch_size={self.per_device_train_batch_size}."
             )
-        if not 0.0 < self.critic_learning_rate < float("inf"):
-            raise ValueError(f"critic_learning_rate={self.critic_learning_rate} must be above 0. Default: 1e-5.")
-        if self.critic_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"critic_dtype={self.critic_dtype!r} is unknown. Choose float32 or bfloat16.")
-        for name in ("gae_gamma", "gae_lambda", "critic_gae_lambda"):
+        for name in ("gae_gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]. Published: 1.")
+        check_ensemble(self)
 
-    def _check_fractions(self) -> None:
-        for name in ("advantage_mask_fraction", "entropy_filter_fraction"):
-            fraction = getattr(self, name)
-            if not 0.0 <= fraction < 1.0:
-                raise ValueError(f"{name}={fraction} must be in [0, 1). Published: 0.2; 0 is off.")
-            if fraction and self.num_critics == 1:
-                raise ValueError(
-                    f"{name}={fraction} needs the disagreement of at least two critics, and num_critics=1. Set "
-                    f"{name}=0 (with both fractions 0 this is classic PPO), or num_critics=2."
-                )
+    def _warn_if_nothing_to_filter(self) -> None:
         if self.entropy_filter_fraction and not (self.entropy_coef or self.use_adaptive_entropy or self.epo_enabled):
             warnings.warn(
                 f"entropy_filter_fraction={self.entropy_filter_fraction} does nothing: there is no entropy bonus to "
                 "filter. Set entropy_coef or epo_coef, or entropy_filter_fraction=0.",
                 UserWarning,
                 stacklevel=4,
+            )
+
+
+def check_ensemble(config: Any) -> None:
+    """Refuse what no ensemble of critics can do; for every configuration with these fields.
+
+    Args:
+        config: Has `num_critics`, `critic_learning_rate`, `critic_dtype`, `critic_gae_lambda` and the two fractions.
+
+    Raises:
+        ValueError: If a value is out of its range; the message names the field, its value and what to set.
+    """
+    if not 0.0 < config.critic_learning_rate < math.inf:
+        raise ValueError(f"critic_learning_rate={config.critic_learning_rate} must be above 0. Default: 1e-5.")
+    if config.critic_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"critic_dtype={config.critic_dtype!r} is unknown. Choose float32 or bfloat16.")
+    if not 0.0 <= config.critic_gae_lambda <= 1.0:
+        raise ValueError(f"critic_gae_lambda={config.critic_gae_lambda} must be in [0, 1]. Published: 1.")
+    for name in ("advantage_mask_fraction", "entropy_filter_fraction"):
+        fraction = getattr(config, name)
+        if not 0.0 <= fraction < 1.0:
+            raise ValueError(f"{name}={fraction} must be in [0, 1). Published: 0.2; 0 is off.")
+        if fraction and config.num_critics == 1:
+            raise ValueError(
+                f"{name}={fraction} needs the disagreement of at least two critics, and num_critics=1. Set {name}=0 "
+                "(with both fractions 0 this is classic PPO), or num_critics=2."
             )
