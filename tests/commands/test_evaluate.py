@@ -207,6 +207,9 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_the_model_is_loaded(
         SystemExit, match=r"makes 132 tokens, and its context is 128\. Set max_new_tokens to at most 116"
     ):
         run("--max_new_tokens", "120")
+    Path("long.jsonl").write_text(json.dumps({"prompt": "1+" * 70, "answer": "70"}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="Choose problems with shorter prompts"):
+        run("--dataset_file", "long.jsonl", "--max_new_tokens", "4")
 
 
 @pytest.mark.parametrize(

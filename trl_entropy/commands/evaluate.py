@@ -187,10 +187,12 @@ class Cell:
         self.prompts = token_ids[: arguments.limit]
         self.longest = max(map(len, self.prompts)) + arguments.max_new_tokens
         if checkpoint.context is not None and self.longest > checkpoint.context:
+            room = arguments.max_new_tokens - self.longest + checkpoint.context
+            remedy = f"Set max_new_tokens to at most {room}." if room > 0 else "Choose problems with shorter prompts."
             raise ValueError(
                 f"max_new_tokens={arguments.max_new_tokens} is too long for {checkpoint.name}: with the longest "
                 f"prompt of {suite.name} it makes {self.longest} tokens, and its context is {checkpoint.context}. "
-                f"Set max_new_tokens to at most {arguments.max_new_tokens - self.longest + checkpoint.context}."
+                f"{remedy}"
             )
         same = ("backend", "dtype", "temperature", "top_p", "max_new_tokens", "seed", "chat_template_kwargs")
         settings = {
