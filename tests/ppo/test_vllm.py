@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
 
-from tests.conftest import VOCABULARY
 from tests.vllm import cpu_engine
 
 pytest.importorskip("trl.experimental.ppo", reason="trl.experimental.ppo is in TRL 1.12 alone")
@@ -20,11 +18,7 @@ VLLM = {"use_vllm": True, "vllm_max_model_length": 64, "response_length": 12, "t
 @pytest.fixture(scope="module")
 def engine() -> Iterator[None]:
     """vLLM, trainable on CPU."""
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        pytest.skip("this vLLM is not the CPU build")
+    cpu_engine.require()
     with pytest.MonkeyPatch.context() as patch:
         cpu_engine.share_engines(patch)
         yield
@@ -32,25 +26,8 @@ def engine() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> str:
-    """As in the tests above this folder, but with heads of 32 channels: vLLM's CPU attention has no smaller ones."""
-    set_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    path = tmp_path_factory.mktemp("tiny_qwen2_vllm")
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return str(path)
+    """As in the tests above this folder, but of a size that vLLM runs."""
+    return cpu_engine.save_tiny_model(tmp_path_factory.mktemp("tiny_qwen2_vllm"), tiny_tokenizer)
 
 
 @pytest.mark.usefixtures("engine")
