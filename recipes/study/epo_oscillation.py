@@ -35,7 +35,7 @@ from trl_entropy.commands.train import parse
 from trl_entropy.controls.epo import turn_indices
 from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import get_task
-from trl_entropy.trainers.contact import loss_mask
+from trl_entropy.trainers.contact import LossCall, loss_mask
 
 BONUS = "GRPO + entropy bonus 0.02"
 SETTINGS: dict[str, dict[str, float]] = {"recipe": {}, "steep": {"learning_rate": 1.5e-3}}
@@ -45,7 +45,11 @@ ARMS = {
     BONUS: {"epo_coef": 0.02, "epo_penalty": 0.0},
     "GRPO + EPO, lambda 0.02": {"epo_coef": 0.02},
     "GRPO + EPO, lambda 0.02, alpha 2": {"epo_coef": 0.02, "epo_penalty": 2.0},
+    "GRPO + EPO, lambda 0.02, decaying": {"epo_coef": 0.02},
+    "GRPO + EPO, lambda 0.02, alpha 2, decaying": {"epo_coef": 0.02, "epo_penalty": 2.0},
 }
+DECAYING = tuple(arm for arm in ARMS if arm.endswith("decaying"))
+"""Both entropy terms weigh twice as much at an episode's first turn, nothing at its last, evenly falling between."""
 SEEDS = (0, 1, 2, 3, 4)
 FIRST_STEP = 10
 LAST_STEPS = 10
@@ -65,6 +69,12 @@ class RecordingTrainer(EntropyGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rollouts: list[dict[str, Any]] = []
+        self.decaying = False
+
+    def _epo_loss(self, call: LossCall) -> Tensor:
+        if self.decaying:
+            call.entropies = call.bonus_entropies = decay_over_turns(call.entropies, call.mask)
+        return super()._epo_loss(call)
 
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
         super().on_rollout(output, rewards)
@@ -79,6 +89,14 @@ class RecordingTrainer(EntropyGRPOTrainer):
                 "turns": [round(entropies[turns == i].mean().item(), 5) for i in range(int(turns.max()) + 1)],
             }
         )
+
+
+def decay_over_turns(entropies: Tensor, mask: Tensor) -> Tensor:
+    """The same values, with gradients that weigh 2 at an episode's first turn and fall evenly to 0 at its last."""
+    turns = turn_indices(mask).clamp(min=0)
+    last = turns.amax(1, keepdim=True).clamp(min=1)
+    fixed = entropies.detach()
+    return fixed + 2 * (1 - turns / last) * (entropies - fixed)
 
 
 def run(setting: str, arm: str, seed: int, output_dir: str) -> dict[str, Any]:
@@ -101,6 +119,7 @@ def run(setting: str, arm: str, seed: int, output_dir: str) -> dict[str, Any]:
             processing_class=PreTrainedTokenizerFast.from_pretrained(policy),
             rollout_func=rollout,
         )
+        trainer.decaying = arm in DECAYING
         trainer.train()
         test = trainer.evaluate()["eval_episode/success_rate"]
     return {"rollouts": trainer.rollouts, "test_success": test}

@@ -104,9 +104,10 @@ def test_warm_up_reaches_its_accuracy_and_the_seed_fixes_the_weights(
     for seed in (0, 0, 1):
         path = arithmetic.build_policy(str(tmp_path), seed)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        problems = arithmetic._encode(tokenizer, load("train", arithmetic.PROBE_PROBLEMS))
+        probed = load("train", arithmetic.PROBE_PROBLEMS)
+        problems = tiny_policy.encode(tokenizer, probed["prompt"], probed["answer"])
         weights.append(model.lm_head.weight.detach().clone())
-        accuracies.append(tiny_policy.repeat_probability(model, *problems))
+        accuracies.append(tiny_policy.repeat_probability(model, *problems).mean().item())
         torch.rand(3)
         torch.set_rng_state(state)
     assert torch.equal(weights[0], weights[1])
@@ -132,13 +133,13 @@ def test_answer_probability_is_the_product_over_answer_and_end_token_by_token() 
     tokenizer = make_tokenizer(arithmetic.CHARACTERS)
     model = make_model(tokenizer, hidden_size=32, num_layers=1, max_length=16).eval()
     rows = [row for row in load("train", 200).to_list() if len(row["answer"]) == 2][:1] + load("train", 1).to_list()
-    expected = 0.0
+    expected = []
     for row in rows:  # one token at a time, without padding
         ids, probability = tokenizer(row["prompt"]).input_ids, 1.0
         for token in [*tokenizer(row["answer"]).input_ids, tokenizer.eos_token_id]:
             probability *= model(torch.tensor([ids])).logits[0, -1].softmax(-1)[token].item()
             ids.append(token)
-        expected += probability / len(rows)
-    problems = arithmetic._encode(tokenizer, type(load("test")).from_list(rows))
-    assert tiny_policy.repeat_probability(model, *problems) == pytest.approx(expected, rel=1e-4)
-    assert expected > 0
+        expected.append(probability)
+    problems = tiny_policy.encode(tokenizer, [row["prompt"] for row in rows], [row["answer"] for row in rows])
+    assert tiny_policy.repeat_probability(model, *problems).tolist() == pytest.approx(expected, rel=1e-4)
+    assert min(expected) > 0

@@ -9,10 +9,9 @@ from itertools import combinations_with_replacement
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
 
 from trl_entropy.tasks import Task
-from trl_entropy.tasks.tiny_policy import make_model, make_tokenizer, save_policy, warm_up
+from trl_entropy.tasks.tiny_policy import encode, make_model, make_tokenizer, save_policy, warm_up
 
 CHARACTERS = "0123456789+-*/=?abcdefghijklmnopqrstuvwxyz"
 SPLIT_SEED = 0
@@ -74,19 +73,10 @@ def build_policy(output_dir: str, seed: int) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(tokenizer, hidden_size=128, num_layers=4, max_length=64)
-        demonstrations = _encode(tokenizer, load("train"))
+        problems = load("train")
+        demonstrations = encode(tokenizer, problems["prompt"], problems["answer"])
         warm_up(model, *demonstrations, until=WARM_UP_ACCURACY, probe=PROBE_PROBLEMS, name="accuracy")
     return save_policy(model, tokenizer, output_dir)
-
-
-def _encode(tokenizer: PreTrainedTokenizerFast, problems: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, (N, T) each: prompt, answer, end, padding; labels are -100 except at answer and end."""
-    answers = [answer + tokenizer.eos_token for answer in problems["answer"]]
-    texts = [prompt + answer for prompt, answer in zip(problems["prompt"], answers, strict=True)]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-    prompt_lengths = torch.tensor([[len(prompt)] for prompt in problems["prompt"]])
-    is_prompt = torch.arange(encoded.input_ids.shape[1]) < prompt_lengths
-    return encoded.input_ids, encoded.input_ids.masked_fill(is_prompt | (encoded.attention_mask == 0), -100)
 
 
 TASK = Task(name="arithmetic", load=load, reward_funcs=(exact_answer_reward,), build_policy=build_policy)

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 WARM_UP_MAX_STEPS = 2000
@@ -76,7 +76,7 @@ def warm_up(
         model: The policy.
         input_ids: Demonstrations, `(N, T)`.
         labels: The same, -100 except at the tokens that the policy writes, `(N, T)`.
-        until: `repeat_probability` on the first `probe` rows at which to stop.
+        until: Mean `repeat_probability` of the first `probe` rows at which to stop.
         probe: See `until`.
         name: What that probability is to the task, such as `"accuracy"`.
 
@@ -89,7 +89,7 @@ def warm_up(
     with tqdm(total=until, desc="warm-up", bar_format=bar_format) as bar:
         for step in range(WARM_UP_MAX_STEPS):
             if step % PROBE_EVERY == 0:
-                found = repeat_probability(model, input_ids[:probe], labels[:probe])
+                found = repeat_probability(model, input_ids[:probe], labels[:probe]).mean().item()
                 bar.set_postfix(step=step)
                 bar.update(max(0.0, min(found, until) - bar.n))
             if found >= until:
@@ -105,13 +105,30 @@ def warm_up(
     )
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]) -> tuple[Tensor, Tensor]:
+    """Demonstrations for `warm_up`: input ids and labels, `(N, T)` each.
+
+    Prompt, answer, end, padding; labels are -100 except at answer and end.
+
+    Args:
+        tokenizer: From `make_tokenizer`.
+        prompts: One token a character.
+        answers: One per prompt.
+    """
+    texts = [prompt + answer + tokenizer.eos_token for prompt, answer in zip(prompts, answers, strict=True)]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    prompt_lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+    is_prompt = torch.arange(encoded.input_ids.shape[1]) < prompt_lengths
+    return encoded.input_ids, encoded.input_ids.masked_fill(is_prompt | (encoded.attention_mask == 0), -100)
+
+
 @torch.no_grad()
-def repeat_probability(model: Qwen2ForCausalLM, input_ids: Tensor, labels: Tensor) -> float:
-    """Mean over demonstrations of the probability that sampling at temperature 1 repeats what is labelled in them."""
+def repeat_probability(model: Qwen2ForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Probability of each demonstration that sampling at temperature 1 repeats what is labelled in it, `(N,)`."""
     log_probs = model(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
     targets = labels[:, 1:]
     token_log_probs = log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return token_log_probs.masked_fill(targets == -100, 0.0).sum(1).exp().mean().item()
+    return token_log_probs.masked_fill(targets == -100, 0.0).sum(1).exp()
 
 
 def save_policy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: str) -> str:
