@@ -110,11 +110,12 @@ def test_unscored_tokens_do_not_matter(make_critic, rollout):
     assert all(value.isfinite().all() for value in results[0])
 
 
-def test_a_critic_without_tokens_rests(make_critic, rollout):
+@pytest.mark.parametrize("shards", [[0] * 4 + [1] * 4, [0] * 8])
+def test_a_critic_without_tokens_or_rows_rests(make_critic, rollout, shards):
     rollout.mask[4:] = False
     group = ensemble([make_critic(0), make_critic(1)])
     before = weights(group)
-    metrics = train(group, rollout, [0] * 4 + [1] * 4)
+    metrics = train(group, rollout, shards)
     assert set(metrics) == {"critic_0/loss", "critic_0/grad_norm"}
     assert not same(weights(group)[0], before[0])
     assert same(weights(group)[1], before[1])

@@ -43,6 +43,11 @@ def rollout(trainer, mode="train"):
     return trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.2])
+def test_a_rollout_asks_for_entropies_only_where_tokens_are_filtered(make_asyppo, fraction):
+    assert ("old_entropies" in rollout(make_asyppo(entropy_filter_fraction=fraction))) == (fraction > 0)
+
+
 def critic_values(critic, output):
     """V of the state before every completion token, and of the one after the last, (B, T + 1)."""
     ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)

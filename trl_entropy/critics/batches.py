@@ -101,7 +101,7 @@ def mini_batches(own: Tensor, table: RowTable, batch_size: int, generator: torch
     order = own[torch.randperm(len(own), generator=generator)]
     for chunk in order.split(batch_size * num_processes()):
         tokens, owners = int(table.tokens[chunk].sum()), table.owners[chunk]
-        num_parts = -(-int(owners.bincount().max()) // batch_size)
+        num_parts = -(-int(owners.bincount(minlength=1).max()) // batch_size)
         mine = table.places[chunk[owners == process_rank()]]
         if tokens:
             parts = [mine[start : start + batch_size] for start in range(0, num_parts * batch_size, batch_size)]

@@ -141,13 +141,15 @@ def build_policy(output_dir: str, seed: int) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(tokenizer, hidden_size=64, num_layers=2, max_length=64)
-        warm_up(model, *demonstrations(tokenizer), until=WARM_UP_SUCCESS, probe=PROBE_EPISODES, name="success")
+        warm_up(
+            model, *demonstrations(tokenizer, "train"), until=WARM_UP_SUCCESS, probe=PROBE_EPISODES, name="success"
+        )
     return save_policy(model, tokenizer, output_dir)
 
 
-def demonstrations(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels, `(N, T)` each, of the train split's demonstrations; labels are -100 except at actions."""
-    return _encode(tokenizer, [list(demonstration(name)) for name in load("train")["prompt"]])
+def demonstrations(tokenizer: PreTrainedTokenizerFast, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels, `(N, T)` each, of demonstrations of a split; labels are -100 except at actions."""
+    return _encode(tokenizer, [list(demonstration(name)) for name in load(split)["prompt"]])
 
 
 def _encode(

@@ -89,7 +89,8 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
 
     @property
     def wants_old_entropies(self) -> bool:
-        return True
+        # the filter's overlap with the tokens of high entropy is a metric; on TRL 1.12 they are an extra pass
+        return super().wants_old_entropies or self.args.entropy_filter_fraction > 0
 
     @property
     def shapes_policy_gradient(self) -> bool:
