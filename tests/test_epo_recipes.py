@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.test_recipes import parse, processes
 from trl_entropy.commands import train
@@ -86,6 +87,16 @@ def test_oscillation_by_hand(study):
 def test_interval_by_hand(study):
     # standard deviation of 1..5 is sqrt(2.5); 2.776 sqrt(2.5 / 5) = 1.963
     assert study.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.000 ± 1.963"
+
+
+def test_decay_over_turns_by_hand(study):
+    # turns of two, one and one tokens; and a single turn, which is the first
+    mask = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0]]).bool()
+    entropies = torch.arange(12.0).reshape(2, 6).requires_grad_()
+    decayed = study.decay_over_turns(entropies, mask)
+    assert torch.equal(decayed, entropies)
+    decayed[mask].sum().backward()
+    assert entropies.grad.tolist() == [[2, 2, 0, 1, 0, 0], [2, 2, 0, 0, 0, 0]]
 
 
 def test_study_page_has_the_tables_of_its_results(study):

@@ -203,6 +203,13 @@ def _mean(runs: list[dict[str, Any]], name: str) -> list[float]:
     return [statistics.fmean(rollout[name] for rollout in step) for step in steps]
 
 
+def put_table(text: str, name: str, table: str) -> str:
+    """A page with the table between `<!-- name -->` and the next `<!-- end -->` replaced."""
+    start, end = f"<!-- {name} -->\n", "<!-- end -->"
+    before, rest = text.split(start)
+    return before + start + table + "\n" + end + rest.split(end, maxsplit=1)[1]
+
+
 def report(results: dict[str, Any]) -> None:
     """Draw the figure and replace the tables of the section, between its markers."""
     grouped = {
@@ -213,9 +220,7 @@ def report(results: dict[str, Any]) -> None:
     text = SECTION.read_text(encoding="utf-8")
     for setting, runs in grouped.items():
         for name, minus in {"values": None, "minus GRPO": "GRPO", "minus bonus": BONUS}.items():
-            start, end = f"<!-- {setting}: {name} -->\n", "\n<!-- end -->"
-            before, rest = text.split(start)
-            text = before + start + table(runs, minus) + end + rest.split(end, maxsplit=1)[1]
+            text = put_table(text, f"{setting}: {name}", table(runs, minus))
     SECTION.write_text(text, encoding="utf-8")
 
 

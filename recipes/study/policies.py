@@ -20,7 +20,7 @@ WARM_UP = {"policy": 0.25, "small": 0.05}
 """Probability of the right answer, or of all right actions, at which the supervised warm-up stops."""
 PROBE = 512
 WORDS = {"min_word_len": 3, "max_word_len": 7}
-Demonstrations = Callable[[PreTrainedTokenizerFast], tuple[Tensor, Tensor]]
+Demonstrations = Callable[[PreTrainedTokenizerFast, str], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StudyTask:
         reward: TRL's reward function.
         characters: The vocabulary.
         sizes: Channels and blocks of `"policy"` and of `"small"`.
-        demonstrations: Input ids and labels of the warm-up.
+        demonstrations: Input ids and labels of right answers, from a tokenizer and the split.
         build_rollout: Makes the `rollout_func` of a multi-turn task; without it, a row has its only right `answer`.
     """
 
@@ -56,7 +56,7 @@ def spelling(split: str) -> Dataset:
 
 
 def _answers(load: Callable[[str], Dataset]) -> Demonstrations:
-    return lambda tokenizer: encode(tokenizer, load("train")["prompt"], load("train")["answer"])
+    return lambda tokenizer, split: encode(tokenizer, load(split)["prompt"], load(split)["answer"])
 
 
 STUDY_TASKS = {
@@ -113,7 +113,7 @@ def _build(task: StudyTask, size: str, seed: int, folder: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(tokenizer, hidden_size=hidden_size, num_layers=num_layers, max_length=64)
-        warm_up(model, *task.demonstrations(tokenizer), until=WARM_UP[size], probe=PROBE, name="accuracy")
+        warm_up(model, *task.demonstrations(tokenizer, "train"), until=WARM_UP[size], probe=PROBE, name="accuracy")
     save_policy(model, tokenizer, folder)
 
 

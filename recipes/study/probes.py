@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from trl_entropy import AsyPPOTrainer, EntropyGRPOTrainer
 from trl_entropy.critics import lowest_fraction
@@ -50,6 +51,25 @@ class TokenCounts:
 
 def _rounded(counts: Tensor) -> list[Any]:
     return [round(value, 2) if isinstance(value, float) else value for value in counts.tolist()]
+
+
+class EntropyProbe(TrainerCallback):
+    """Mean entropy (nats) on the same tokens after every optimizer step: what changes is the policy alone.
+
+    Args:
+        input_ids: `(N, T)`.
+        labels: -100 except at the tokens whose distribution counts, `(N, T)`.
+    """
+
+    def __init__(self, input_ids: Tensor, labels: Tensor) -> None:
+        self._input_ids, self._mask = input_ids, labels[:, 1:] != -100
+        self.entropies: list[float] = []
+
+    @torch.no_grad()
+    def on_step_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        logits = model(input_ids=self._input_ids).logits[:, :-1][self._mask]
+        entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+        self.entropies.append(round(entropy.item(), 5))
 
 
 class MeasuringTrainer(EntropyGRPOTrainer):

@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from policies import STUDY_TASKS, StudyTask, answer_probabilities, start
-from probes import MeasuringAsyPPOTrainer, MeasuringTrainer
+from probes import EntropyProbe, MeasuringAsyPPOTrainer, MeasuringTrainer
 from settings import ALL_ARMS, DEGREE, OWN_SETTINGS, TASKS, TRAINING, TUNED, Run, common_runs, tuning_runs, with_seeds
 from tqdm import tqdm
 from transformers import PrinterCallback
@@ -43,6 +43,8 @@ from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
 RESULTS = Path(__file__).parent / "results.jsonl"
 POLICIES = Path("runs/study/policies")
 PASS_AT = 8
+PROBED = 64
+"""Held-out problems on whose right answers the entropy is probed."""
 CRITIC_METRICS = ("asyppo/value_std", "asyppo/explained_variance")
 
 Results = dict[str, dict[str, Any]]
@@ -77,15 +79,17 @@ def train(run: Run, policies: Path = POLICIES, steps: int | None = None) -> dict
         else:
             trainer = MeasuringTrainer(args=EntropyGRPOConfig(**settings), **arguments)
         trainer.remove_callback(PrinterCallback)
+        probed = (demonstrations[:PROBED] for demonstrations in task.demonstrations(trainer.processing_class, "test"))
+        trainer.add_callback(probe := EntropyProbe(*probed))
         trainer.train()
-        measured = _measured(trainer) | _held_out(trainer, task)
+        measured = _measured(trainer) | {"probe_entropy": probe.entropies} | _held_out(trainer, task)
     return {"run": run.name, **measured, "seconds": round(time.monotonic() - started, 1)}
 
 
 def _held_out(trainer: MeasuringTrainer, task: StudyTask) -> dict[str, float]:
     """Success on the problems that were not trained on: of sampled episodes, or exact where one answer is right."""
     if task.build_rollout:
-        return {"accuracy": trainer.evaluate()["eval_episode/success_rate"]}
+        return {"accuracy": round(trainer.evaluate()["eval_episode/success_rate"], 5)}
     trainer.model.eval()
     right = answer_probabilities(trainer.model, trainer.processing_class, trainer.eval_dataset).double()
     pass_at = (1 - (1 - right) ** PASS_AT).mean().item()

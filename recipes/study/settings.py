@@ -71,10 +71,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "ppo-clip": {},
     "dapo": DAPO,
     "erc": {**DAPO, **ERC},
-    "kl-0.01": {**DAPO, "beta": 0.01},
-    "kl-0.1": {**DAPO, "beta": 0.1},
-    "bonus-0.001": {**DAPO, "entropy_coef": 0.001},
-    "bonus-0.01": {**DAPO, "entropy_coef": 0.01},
+    "erc-wide": {**DAPO, "erc_low": 0.8, "erc_high": 1.25},
+    "kl": {**DAPO, "beta": 0.1},
+    "bonus": {**DAPO, "entropy_coef": 0.01},
     "ce-gppo": CE_GPPO,
     "gppo": GPPO,
     "ce-gppo-0-1": {"ce_gppo_alpha1": 0.0, "ce_gppo_alpha2": 1.0},
@@ -83,7 +82,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "asyppo": ASYPPO,
     "asyppo-shared-data": {**ASYPPO, "shared_data": True},
     "asyppo-entropy-mask": {**ASYPPO, "mask_by": "entropy"},
-    "two-critics": {**PPO, "num_critics": 2},
     "gspo": GSPO,
     "erc+gspo": {**GSPO, **ERC},
     "erc+gppo": {**GPPO, **ERC},
@@ -96,20 +94,22 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """What each arm sets beside `TRAINING`."""
 
-EPO_ARMS = ("epo", "asyppo+epo")
+EPO_ARMS = ("epo", "ce-gppo+epo", "asyppo+epo")
 CRITIC_ARMS = tuple(name for name, settings in ARMS.items() if "critics" in settings and name not in EPO_ARMS)
-POLICY_ARMS = tuple(name for name in ARMS if name not in (*CRITIC_ARMS, *EPO_ARMS))
+POLICY_ARMS = tuple(name for name in ARMS if name not in (*CRITIC_ARMS, *EPO_ARMS, "erc-wide"))
 TUNED = {
-    "arithmetic": (*POLICY_ARMS, *CRITIC_ARMS),
+    "arithmetic": (*POLICY_ARMS, "ppo-small", "ppo-symmetric", "asyppo", "asyppo-shared-data", "asyppo-entropy-mask"),
     "spell_backward": POLICY_ARMS,
-    "corridor": ("ppo-clip", "dapo", "erc", "ce-gppo", *EPO_ARMS, "ce-gppo+epo", *CRITIC_ARMS),
+    "corridor": ("ppo-clip", "dapo", "erc", "ce-gppo", *EPO_ARMS, *CRITIC_ARMS),
 }
-"""The arms of each task, tuned alike and then trained with every seed. The critics' are left out where they cannot
-learn values from so few rollouts, but for one such task as a control; EPO's own are those of a multi-turn task."""
+"""The arms of each task, tuned alike and then trained with every seed. Critics are on the task whose values can be
+learnt from so few rollouts, and some of them on one where they cannot, as a control; EPO is for turns."""
 
 COMMON_TASK = "arithmetic"
 DEGREES = (4, 8, 16)
-DEGREE_ARMS = ("ppo-clip", "dapo", "erc", "ce-gppo-0-1", "ce-gppo", "gppo", "kl-0.1", "bonus-0.01")
+DEGREE_ARMS = ("ppo-clip", "dapo", "erc", "erc-wide", "ce-gppo-0-1", "ce-gppo", "gppo", "kl", "bonus")
+STEEP_LEARNING_RATE, STEEP_DEGREE = 4e-4, 16
+"""Where PPO-clip comes apart; for the arms of the degrees."""
 ON_POLICY_ARMS = ("ppo-clip", "erc", "gppo")
 """At degree 1 nothing can be clipped: these must be one and the same run."""
 ALPHAS = (0.0, 0.5, 1.0)
@@ -162,8 +162,10 @@ def with_seeds(task: str, arm: str, degree: int, learning_rate: float) -> list[R
 
 
 def common_runs(arm: str) -> list[Run]:
-    """An arm's runs at the common learning rate: the off-policy degrees, and the grid of CE-GPPO's weights."""
+    """An arm's runs that are not tuned: off-policy degrees, the steep setting, the grid of CE-GPPO's weights."""
     degrees = [1] if arm in ON_POLICY_ARMS else []
     degrees += DEGREES if arm in DEGREE_ARMS else []
     degrees += [ALPHAS_DEGREE] if arm in ALPHA_ARMS.values() else []
-    return [run for degree in degrees for run in with_seeds(COMMON_TASK, arm, degree, COMMON_LEARNING_RATE)]
+    cells = [(degree, COMMON_LEARNING_RATE) for degree in degrees]
+    cells += [(STEEP_DEGREE, STEEP_LEARNING_RATE)] if arm in DEGREE_ARMS else []
+    return [run for cell in cells for run in with_seeds(COMMON_TASK, arm, *cell)]
