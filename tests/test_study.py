@@ -5,6 +5,7 @@ import json
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.conftest import parity_reward
 from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.critics import CriticEnsemble
 from trl_entropy.recipes import recipes_dir
+from trl_entropy.trainers.contact import LossCall
 
 STUDY = recipes_dir() / "study"
 sys.path.insert(0, str(STUDY))
@@ -78,6 +80,26 @@ def test_tokens_are_counted_by_hand():
     assert found["by_entropy"]["erc"] == [0, 0, 0, 1, 0, 0, 0, 0, 1]
     assert found["sum_entropy"] == {"all": 4.3, "erc": 2.3, "ppo": 2.0}
     assert found["sum_ratio"] == {"all": 1.1, "erc": 0.5, "ppo": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("gate", "dropped"), [("erc", [1, 1, 1, 1, 0, 0, 0]), ("away", [1, 0, 0, 1, 0, 0, 0]), ("random", None)]
+)
+def test_tokens_that_a_gate_drops(make_trainer, gate, dropped):
+    trainer = make_trainer(trainer_class=partial(probes.MeasuringTrainer, gate=gate), erc_low=0.95, erc_high=1.05)
+    # one completion has a positive advantage, one a negative; half of each has moved up, half down
+    entropies, away, mask = torch.ones(2, 4), torch.tensor([0.05, -0.05] * 2), torch.ones(2, 4, dtype=torch.bool)
+    mask[1, 3] = False
+    old_entropies = torch.tensor([[2.0, 0.5, 1.0, 1.0], [2.0, 0.5, 1.0, 9.0]])
+    inputs = {"advantages": torch.tensor([1.0, -1.0]), "old_entropies": old_entropies}
+    call = LossCall(inputs | {"old_per_token_logps": torch.zeros(2, 4)}, mask)
+    call.logps, call.entropies = away.expand(2, 4), entropies
+    trainer._shape_policy_gradient(call)
+    assert call.entropies is entropies
+    found = call.inputs["advantages"][mask] == 0
+    assert found.sum() == (sum(dropped) if dropped else 4)
+    if dropped:
+        assert found[[0, 1, 4, 5, 2, 3, 6]].int().tolist() == dropped
 
 
 def test_entropy_probe_by_hand():

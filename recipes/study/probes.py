@@ -73,12 +73,19 @@ class EntropyProbe(TrainerCallback):
 
 
 class MeasuringTrainer(EntropyGRPOTrainer):
-    """Keeps entropy and reward of every rollout and counts tokens, without a change to the training."""
+    """Keeps entropy and reward of every rollout and counts tokens, without a change to the training.
+
+    Args:
+        gate: Which tokens ERC drops: its own, `"random"` as many but random ones, or `"away"` only those of its own
+            whose gradient moves the importance ratio further from 1.
+        others: Of `EntropyGRPOTrainer`.
+    """
 
     controlled = True
     wants_old_entropies = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, gate: str = "erc", **kwargs: Any) -> None:
+        self._gate = gate
         self.rollouts: dict[str, list[float]] = {"reward": [], "entropy": []}
         self.tokens = TokenCounts()
         super().__init__(*args, **kwargs)
@@ -107,6 +114,19 @@ class MeasuringTrainer(EntropyGRPOTrainer):
         advantages = call.inputs["advantages"]
         advantages = (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)).expand_as(logps)
         self.tokens.add((logps - old_logps)[mask], advantages[mask], entropies[mask], old_entropies[mask])
+
+    def _shape_policy_gradient(self, call: LossCall) -> None:
+        own, old = call.entropies, call.inputs.get("old_entropies")
+        if self._gate == "random":
+            # pairs of entropies change places, so as many ratios are outside the bounds
+            order = call.mask.nonzero()[torch.randperm(int(call.mask.sum()))].unbind(1)
+            call.entropies, call.inputs["old_entropies"] = own.clone(), old.clone()
+            call.entropies[call.mask], call.inputs["old_entropies"][call.mask] = own[order], old[order]
+        elif self._gate == "away":
+            away = call.inputs["advantages"].unsqueeze(1) * (call.logps - call.inputs["old_per_token_logps"]) > 0
+            call.inputs["old_entropies"] = torch.where(away, old, own)
+        super()._shape_policy_gradient(call)
+        call.entropies = own
 
 
 class MeasuringAsyPPOTrainer(MeasuringTrainer, AsyPPOTrainer):

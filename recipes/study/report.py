@@ -14,6 +14,7 @@ import matplotlib
 from claims import (
     QUANTITIES,
     STEEP,
+    TESTS,
     TUNED,
     Setting,
     cell,
@@ -214,7 +215,9 @@ def tables(results: Results) -> dict[str, str]:
         "success": value_table(results, tuned, ["success", "reward, last half", "entropy change"]),
         "alphas": slope_table(results, ["entropy change", "entropy, last half", "success"]),
         "critics": value_table(results, critics, ["explained variance", "spread of the critics"]),
-        **{f"tests of {claim}": outcome_table(results, claim) for claim in "bcdfg"},
+        **{
+            f"tests of {claim}": outcome_table(results, claim) for claim in dict.fromkeys(test.claim for test in TESTS)
+        },
     }
 
 

@@ -77,7 +77,7 @@ def train(run: Run, policies: Path = POLICIES, steps: int | None = None) -> dict
             own["critics"] = start(run.task, size, run.seed if size == "policy" else 0, policies)
             trainer: MeasuringTrainer = MeasuringAsyPPOTrainer(args=AsyPPOConfig(**settings), **arguments, **own)
         else:
-            trainer = MeasuringTrainer(args=EntropyGRPOConfig(**settings), **arguments)
+            trainer = MeasuringTrainer(args=EntropyGRPOConfig(**settings), **arguments, **own)
         trainer.remove_callback(PrinterCallback)
         probed = (demonstrations[:PROBED] for demonstrations in task.demonstrations(trainer.processing_class, "test"))
         trainer.add_callback(probe := EntropyProbe(*probed))

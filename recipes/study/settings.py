@@ -64,13 +64,15 @@ PPO = {
 }
 ASYPPO = {**PPO, "num_critics": 2, "advantage_mask_fraction": 0.2, "entropy_filter_fraction": 0.2}
 EPO = {"epo_coef": 0.02, "epo_penalty": 2.0}
-OWN_SETTINGS = ("critics", "shared_data", "mask_by")
-"""Not of a trainer's configuration: what the critics start from, and AsyPPO's ablations (see `probes.py`)."""
+OWN_SETTINGS = ("critics", "shared_data", "mask_by", "gate")
+"""Not of a trainer's configuration: what the critics start from, and the ablations (see `probes.py`)."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "ppo-clip": {},
     "dapo": DAPO,
     "erc": {**DAPO, **ERC},
+    "erc-random": {**DAPO, **ERC, "gate": "random"},
+    "erc-away": {**DAPO, **ERC, "gate": "away"},
     "erc-wide": {**DAPO, "erc_low": 0.8, "erc_high": 1.25},
     "kl": {**DAPO, "beta": 0.1},
     "bonus": {**DAPO, "entropy_coef": 0.01},
@@ -94,20 +96,21 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """What each arm sets beside `TRAINING`."""
 
+ABLATIONS = ("erc-random", "erc-away", "erc-wide")
 EPO_ARMS = ("epo", "ce-gppo+epo", "asyppo+epo")
 CRITIC_ARMS = tuple(name for name, settings in ARMS.items() if "critics" in settings and name not in EPO_ARMS)
-POLICY_ARMS = tuple(name for name in ARMS if name not in (*CRITIC_ARMS, *EPO_ARMS, "erc-wide"))
+POLICY_ARMS = tuple(name for name in ARMS if name not in (*CRITIC_ARMS, *EPO_ARMS, *ABLATIONS))
 TUNED = {
     "arithmetic": (*POLICY_ARMS, "ppo-small", "ppo-symmetric", "asyppo", "asyppo-shared-data", "asyppo-entropy-mask"),
     "spell_backward": POLICY_ARMS,
-    "corridor": ("ppo-clip", "dapo", "erc", "ce-gppo", *EPO_ARMS, *CRITIC_ARMS),
+    "corridor": ("ppo-clip", "dapo", "erc", "erc-away", "ce-gppo", *EPO_ARMS, *CRITIC_ARMS),
 }
 """The arms of each task, tuned alike and then trained with every seed. Critics are on the task whose values can be
 learnt from so few rollouts, and some of them on one where they cannot, as a control; EPO is for turns."""
 
 COMMON_TASK = "arithmetic"
 DEGREES = (4, 8, 16)
-DEGREE_ARMS = ("ppo-clip", "dapo", "erc", "erc-wide", "ce-gppo-0-1", "ce-gppo", "gppo", "kl", "bonus")
+DEGREE_ARMS = ("ppo-clip", "dapo", "erc", *ABLATIONS, "ce-gppo-0-1", "ce-gppo", "gppo", "kl", "bonus")
 STEEP_LEARNING_RATE, STEEP_DEGREE = 4e-4, 16
 """Where PPO-clip comes apart; for the arms of the degrees."""
 ON_POLICY_ARMS = ("ppo-clip", "erc", "gppo")
