@@ -28,6 +28,7 @@ from epo_oscillation import put_table
 from probes import ENTROPY_BINS, RATIO_BINS
 from run import Results, read_results
 from settings import (
+    ABLATIONS,
     ALPHA_ARMS,
     ALPHAS,
     ALPHAS_DEGREE,
@@ -38,6 +39,7 @@ from settings import (
     DEGREES,
     ON_POLICY_ARMS,
     SEEDS,
+    STEEP_DEGREE,
     TASKS,
 )
 from settings import TUNED as TUNED_ARMS
@@ -194,7 +196,9 @@ def on_policy_table(results: Results) -> str:
 def tables(results: Results) -> dict[str, str]:
     """Every generated table of the page by its marker."""
     common: list[tuple[str, Setting, str]] = [
-        (COMMON_TASK, setting, arm) for setting in (*DEGREES, STEEP) for arm in DEGREE_ARMS
+        (COMMON_TASK, setting, arm)
+        for setting in (*DEGREES, STEEP)
+        for arm in (*DEGREE_ARMS, *(ABLATIONS if setting in (STEEP_DEGREE, STEEP) else ()))
     ]
     tuned: list[tuple[str, Setting, str]] = [(task, TUNED, arm) for task, arms in TUNED_ARMS.items() for arm in arms]
     clipping = ["outside ERC's bounds", "clipped by PPO", "ratio of the two", "entropy, outside - inside"]

@@ -101,7 +101,7 @@ EPO_ARMS = ("epo", "ce-gppo+epo", "asyppo+epo")
 CRITIC_ARMS = tuple(name for name, settings in ARMS.items() if "critics" in settings and name not in EPO_ARMS)
 POLICY_ARMS = tuple(name for name in ARMS if name not in (*CRITIC_ARMS, *EPO_ARMS, *ABLATIONS))
 TUNED = {
-    "arithmetic": (*POLICY_ARMS, "ppo-small", "ppo-symmetric", "asyppo", "asyppo-shared-data", "asyppo-entropy-mask"),
+    "arithmetic": (*POLICY_ARMS, "ppo-small", "ppo-symmetric", "asyppo"),
     "spell_backward": POLICY_ARMS,
     "corridor": ("ppo-clip", "dapo", "erc", "erc-away", "ce-gppo", *EPO_ARMS, *CRITIC_ARMS),
 }
@@ -110,10 +110,10 @@ learnt from so few rollouts, and some of them on one where they cannot, as a con
 
 COMMON_TASK = "arithmetic"
 DEGREES = (4, 8, 16)
-DEGREE_ARMS = ("ppo-clip", "dapo", "erc", *ABLATIONS, "ce-gppo-0-1", "ce-gppo", "gppo", "kl", "bonus")
+DEGREE_ARMS = ("ppo-clip", "dapo", "erc", "ce-gppo-0-1", "ce-gppo", "gppo", "kl", "bonus")
 STEEP_LEARNING_RATE, STEEP_DEGREE = 4e-4, 16
-"""Where PPO-clip comes apart; for the arms of the degrees."""
-ON_POLICY_ARMS = ("ppo-clip", "erc", "gppo")
+"""Where PPO-clip comes apart: for the arms of the degrees, and for the ablations, which have this degree alone."""
+ON_POLICY_ARMS = ("ppo-clip", "erc")
 """At degree 1 nothing can be clipped: these must be one and the same run."""
 ALPHAS = (0.0, 0.5, 1.0)
 ALPHAS_DEGREE = 16
@@ -167,8 +167,8 @@ def with_seeds(task: str, arm: str, degree: int, learning_rate: float) -> list[R
 def common_runs(arm: str) -> list[Run]:
     """An arm's runs that are not tuned: off-policy degrees, the steep setting, the grid of CE-GPPO's weights."""
     degrees = [1] if arm in ON_POLICY_ARMS else []
-    degrees += DEGREES if arm in DEGREE_ARMS else []
+    degrees += DEGREES if arm in DEGREE_ARMS else [STEEP_DEGREE] if arm in ABLATIONS else []
     degrees += [ALPHAS_DEGREE] if arm in ALPHA_ARMS.values() else []
     cells = [(degree, COMMON_LEARNING_RATE) for degree in degrees]
-    cells += [(STEEP_DEGREE, STEEP_LEARNING_RATE)] if arm in DEGREE_ARMS else []
+    cells += [(STEEP_DEGREE, STEEP_LEARNING_RATE)] if arm in (*DEGREE_ARMS, *ABLATIONS) else []
     return [run for cell in cells for run in with_seeds(COMMON_TASK, arm, *cell)]
