@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from trl_entropy.tasks import alfworld, get_task
-from trl_entropy.tasks.multi_turn import Step
+from trl_entropy.tasks.environments import Step
 
 TEXTWORLD = '''
 class EnvInfos:

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
 from trl_entropy.tasks import corridor, get_task, tiny_policy
-from trl_entropy.tasks.multi_turn import Step
+from trl_entropy.tasks.environments import Step
 
 EPISODE = "vxw.oopopoop"
 RIGHT = "ceaffjfjffjuuu"  # keys c, e, a for the locks v, x, w; walk over o, jump over p; unlock three doors

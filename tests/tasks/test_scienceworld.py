@@ -12,10 +12,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tasks.test_multi_turn import CHAT, watch_loss
+from tests.tasks.countdown import CHAT
+from tests.tasks.test_multi_turn_training import watch_loss
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
 from trl_entropy.tasks import get_task, scienceworld
-from trl_entropy.tasks.multi_turn import EnvironmentCrash, episode_reward
+from trl_entropy.tasks.environments import EnvironmentCrash
+from trl_entropy.tasks.multi_turn import episode_reward
 from trl_entropy.tasks.tiny_policy import make_model
 
 TIMEOUT = 600.0  # the machine may be busy

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from trl_entropy.tasks.multi_turn import EnvironmentCrash, EnvironmentPool, Step
+from trl_entropy.tasks.environments import EnvironmentCrash, EnvironmentPool, Step
 from trl_entropy.tasks.simulators import ChildProcess, SimulatorPool
 
 ECHO = """

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.stubbed import stub_forward
-from tests.tasks.test_multi_turn import multi_turn_trainer
+from tests.tasks.test_multi_turn_training import multi_turn_trainer
 from tests.trainers.test_grpo import assert_same_weights, weights
 
 COEF, PENALTY, GAMMA, KAPPAS = 0.3, 0.4, 3.0, (0.7, 1.1)

@@ -20,7 +20,8 @@ from typing import Any
 from datasets import Dataset
 
 from trl_entropy.tasks import Task
-from trl_entropy.tasks.multi_turn import MultiTurnRollout, Step, episode_reward, tagged_action
+from trl_entropy.tasks.environments import Step, tagged_action
+from trl_entropy.tasks.multi_turn import MultiTurnRollout, episode_reward
 from trl_entropy.tasks.simulators import ChildProcess, SimulatorPool
 
 FOLDERS = {"train": "train", "dev": "valid_seen", "test": "valid_unseen"}

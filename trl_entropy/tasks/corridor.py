@@ -22,7 +22,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from trl_entropy.tasks import Task
-from trl_entropy.tasks.multi_turn import MultiTurnRollout, Step, episode_reward
+from trl_entropy.tasks.environments import Step
+from trl_entropy.tasks.multi_turn import MultiTurnRollout, episode_reward
 from trl_entropy.tasks.tiny_policy import make_model, make_tokenizer, save_policy, warm_up
 
 KEY_OF = {"v": "c", "w": "a", "x": "e", "y": "b", "z": "d"}

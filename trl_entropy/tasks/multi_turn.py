@@ -6,169 +6,16 @@ sees them. An environment is anything with the methods of [`Environment`].
 """
 
 import inspect
-import logging
 import math
-import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
-
-Prompt: TypeAlias = str | list[dict[str, Any]]
-
-RESET_ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class Step:
-    """What an environment answers to an action.
-
-    Attributes:
-        observation: What the model reads before its next turn; not shown where the episode is `done`.
-        reward: Reward of this step. The episode's return is the sum over its steps.
-        done: Whether the environment has ended the episode.
-        success: Whether the task is solved.
-    """
-
-    observation: str
-    reward: float = 0.0
-    done: bool = False
-    success: bool = False
-
-
-class EnvironmentCrash(RuntimeError):
-    """The simulator behind an environment died or hangs: the episode says nothing about the policy."""
-
-
-class Environment(Protocol):
-    """A text environment that plays one episode at a time.
-
-    `reset` and `step` raise [`EnvironmentCrash`] when the simulator fails; the environment is then closed, and a new
-    one takes its place. Any other exception is an error of the program and ends the training.
-    """
-
-    def reset(self, episode: str) -> str:
-        """Start the episode of that name, for example `"boil/3"`, and return its first observation."""
-        ...
-
-    def step(self, action: str) -> Step:
-        """Carry out what the model wrote in one turn, special tokens removed; any text must be accepted."""
-        ...
-
-    def close(self) -> None:
-        """Free what the environment holds; a second call does nothing."""
-        ...
-
-
-class EnvironmentPool:
-    """Environments that are made when first needed and used again for episode after episode.
-
-    Args:
-        make: Makes an environment.
-        num_workers: Number of environments that are stepped at the same time, each in a thread.
-        close: Called after the environments are closed, for what they share.
-    """
-
-    def __init__(
-        self, make: Callable[[], Environment], *, num_workers: int = 1, close: Callable[[], None] | None = None
-    ) -> None:
-        self._make = make
-        self._close = close
-        self._num_workers = num_workers
-        self._environments: dict[int, Environment] = {}
-
-    def reset(self, episodes: Sequence[str]) -> list[str]:
-        """Start each episode in the slot of its index; returns the first observations.
-
-        A crash here costs nothing, as no turn has been played: it is tried again with a new environment.
-
-        Raises:
-            RuntimeError: If an episode's environment crashed `RESET_ATTEMPTS` times.
-        """
-        return self._map(self._reset, list(enumerate(episodes)))
-
-    def step(self, actions: dict[int, str]) -> list[Step | None]:
-        """Carry out one action for each slot; `None` where the environment crashed."""
-        return self._map(self._step, list(actions.items()))
-
-    def close(self) -> None:
-        """Close every environment and what they share."""
-        for slot in list(self._environments):
-            self._drop(slot)
-        if self._close is not None:
-            self._close()
-
-    def _map(self, function: Callable[[tuple[int, str]], Any], items: list[tuple[int, str]]) -> list[Any]:
-        if self._num_workers == 1:
-            return [function(item) for item in items]
-        with ThreadPoolExecutor(self._num_workers) as executor:
-            return list(executor.map(function, items))
-
-    def _reset(self, item: tuple[int, str]) -> str:
-        slot, episode = item
-        for attempt in range(1, RESET_ATTEMPTS + 1):
-            try:
-                if slot not in self._environments:
-                    self._environments[slot] = self._make()
-                return self._environments[slot].reset(episode)
-            except EnvironmentCrash as error:
-                self._drop(slot)
-                logger.warning("The environment crashed at the start of episode %r: %s", episode, error)
-                if attempt == RESET_ATTEMPTS:
-                    raise RuntimeError(
-                        f"The environment of episode {episode!r} crashed {RESET_ATTEMPTS} times at its start "
-                        f"({error}). Correct its installation, memory or timeout."
-                    ) from error
-        raise AssertionError("unreachable")
-
-    def _step(self, item: tuple[int, str]) -> Step | None:
-        slot, action = item
-        try:
-            return self._environments[slot].step(action)
-        except EnvironmentCrash as error:
-            self._drop(slot)
-            logger.warning("An environment crashed, its episode is discarded: %s", error)
-            return None
-
-    def _drop(self, slot: int) -> None:
-        environment = self._environments.pop(slot, None)
-        if environment is not None:
-            try:
-                environment.close()
-            except EnvironmentCrash as error:
-                logger.debug("Closing a crashed environment: %s", error)
-
-
-@dataclass
-class _Episode:
-    """One row of the rollout while it is played."""
-
-    slot: int
-    prompt_ids: list[int]
-    completion_ids: list[int] = field(default_factory=list)
-    env_mask: list[int] = field(default_factory=list)
-    logprobs: list[float | None] = field(default_factory=list)
-    num_turns: int = 0
-    episode_return: float | None = 0.0
-    success: bool | None = False
-    done: bool = False
-
-    def add(self, ids: Sequence[int], logprobs: Sequence[float | None] | None = None, *, from_model: bool) -> None:
-        self.completion_ids += ids
-        self.env_mask += [int(from_model)] * len(ids)
-        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
-
-    def discard(self) -> None:
-        """End the episode so that neither its reward nor its tokens count."""
-        self.env_mask = [0] * len(self.env_mask)
-        self.episode_return = self.success = None
-        self.done = True
+from trl_entropy.tasks.environments import Environment, EnvironmentPool, Step
+from trl_entropy.tasks.episodes import Episode, EpisodeText, Prompt, episode_name
 
 
 class MultiTurnRollout:
@@ -252,10 +99,10 @@ class MultiTurnRollout:
             ValueError: If a prompt does not name its episode, or the turns cannot be told apart.
             RuntimeError: If an environment cannot be started.
         """
-        text = _Text(trainer, in_chat=not isinstance(prompts[0], str))
-        observations = self.pool.reset([_episode_name(prompt) for prompt in prompts])
+        text = EpisodeText(trainer, in_chat=not isinstance(prompts[0], str))
+        observations = self.pool.reset([episode_name(prompt) for prompt in prompts])
         episodes = [
-            _Episode(slot, self._limited(text.prompt(prompt, observation)))
+            Episode(slot, self._limited(text.prompt(prompt, observation)))
             for slot, (prompt, observation) in enumerate(zip(prompts, observations, strict=True))
         ]
         has_logprobs = False
@@ -279,10 +126,10 @@ class MultiTurnRollout:
 
     def _play_turn(
         self,
-        live: list[_Episode],
+        live: list[Episode],
         turns: list[list[int]],
         logprobs: list[list[float | None]] | None,
-        text: "_Text",
+        text: EpisodeText,
     ) -> None:
         """Add one turn of the model to each live episode, and what the environment answers."""
         actions = {}
@@ -298,7 +145,7 @@ class MultiTurnRollout:
             if episode.slot in steps:
                 self._add_step(episode, steps[episode.slot], text)
 
-    def _add_step(self, episode: _Episode, step: Step | None, text: "_Text") -> None:
+    def _add_step(self, episode: Episode, step: Step | None, text: EpisodeText) -> None:
         if step is None:
             episode.discard()
             return
@@ -347,78 +194,6 @@ def episode_reward(
     return episode_return
 
 
-def tagged_action(turn: str) -> str:
-    """The action in what the model wrote: the last text between `<action>` and `</action>`, else its last line."""
-    if tagged := re.findall(r"<action>(.*?)</action>", turn, re.DOTALL):
-        return " ".join(tagged[-1].split())
-    return (turn.strip().splitlines() or [""])[-1].strip()
-
-
-class _Text:
-    """Between text and tokens: with the tokenizer's chat template for chat prompts, plainly for text prompts."""
-
-    def __init__(self, trainer: Any, *, in_chat: bool) -> None:
-        self._tokenizer = trainer._tokenizer
-        self._template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
-        self._in_chat = in_chat
-        self.eos_token_id: int = self._tokenizer.eos_token_id
-        # TRL 1.12 ends a turn at the tokenizer's token only
-        self.eos_token_ids: set[int] = {self.eos_token_id, *getattr(trainer, "eos_token_ids", ())}
-
-    def prompt(self, prompt: Prompt, observation: str) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self._tokenizer(observation)["input_ids"])
-        last = {"role": prompt[-1]["role"], "content": "\n\n".join(filter(None, (prompt[-1]["content"], observation)))}
-        return self._chat([*prompt[:-1], last], add_generation_prompt=True)
-
-    def observation(self, observation: str, *, after_eos: bool) -> list[int]:
-        """Tokens between the model's turn and its next; `after_eos` says whether the turn ended as it should."""
-        if not self._in_chat:
-            ids = list(self._tokenizer(observation, add_special_tokens=False)["input_ids"])
-            if not ids:
-                raise ValueError(
-                    f"The observation {observation!r} has no tokens, so the turns before and after it would be one. "
-                    "Let the environment answer with text that the tokenizer knows."
-                )
-            return ids
-        turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        before = self._chat(turn)
-        ids = self._chat([*turn, {"role": "user", "content": observation}], add_generation_prompt=True)
-        # The template may write a line break after the end of a turn, which belongs to what follows
-        ends = [position for position, token in enumerate(before, 1) if token in self.eos_token_ids]
-        end = ends[-1] if ends else len(before)
-        if ids[:end] != before[:end]:
-            raise ValueError(
-                "The chat template writes a turn differently once another follows, so turns cannot be appended token "
-                "by token. Set chat_template_path to a template that leaves earlier turns alone."
-            )
-        return ids[end:] if after_eos else ids[end - len(ends[-1:]) :]
-
-    def action(self, turn: list[int]) -> str:
-        return self._tokenizer.decode(turn, skip_special_tokens=True)
-
-    def _chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
-        return list(
-            self._tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-                **self._template,
-            )
-        )
-
-
-def _episode_name(prompt: Prompt) -> str:
-    name = prompt if isinstance(prompt, str) else prompt[-1].get("episode")
-    if not isinstance(name, str):
-        raise ValueError(
-            f"The prompt {prompt!r} does not name its episode. Give its last message the key 'episode', or make the "
-            "prompt the name itself."
-        )
-    return name
-
-
 def _most_on_any_process(num_live: int, trainer: Any) -> int:
     """The largest number of live episodes of a process: generation is collective, so all ask for that many turns."""
     if trainer.accelerator.num_processes == 1:
@@ -428,7 +203,7 @@ def _most_on_any_process(num_live: int, trainer: Any) -> int:
 
 
 def _generate(
-    live: list[_Episode], num_prompts: int, trainer: Any, filler: list[int]
+    live: list[Episode], num_prompts: int, trainer: Any, filler: list[int]
 ) -> tuple[list[list[int]], list[list[float | None]] | None]:
     """One turn for each live episode and, with vLLM, its log-probs; fillers make the batch `num_prompts` long."""
     prompts = [episode.prompt_ids + episode.completion_ids for episode in live]

@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 from datasets import Dataset
 
 from trl_entropy.tasks import Task
-from trl_entropy.tasks.multi_turn import EnvironmentCrash, MultiTurnRollout, Step, episode_reward, tagged_action
+from trl_entropy.tasks.environments import EnvironmentCrash, Step, tagged_action
+from trl_entropy.tasks.multi_turn import MultiTurnRollout, episode_reward
 from trl_entropy.tasks.simulators import SimulatorPool
 
 VARIATIONS = {

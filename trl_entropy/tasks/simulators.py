@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from trl_entropy.tasks.multi_turn import EnvironmentCrash
+from trl_entropy.tasks.environments import EnvironmentCrash
 
 
 class Simulator(Protocol):
