@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.test_recipes import parse, processes
-from trl_entropy.commands import train
+from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
 from trl_entropy.recipes import recipe_names, recipes_dir
 from trl_entropy.tasks import get_task
 
@@ -20,7 +20,7 @@ NAMES = [name for name in recipe_names() if re.match("epo-(grpo|ppo)-", name)]
 @pytest.fixture(params=NAMES)
 def recipe(request, tmp_path: Path, monkeypatch):
     """Name and parsed recipe, on as many processes as its header says."""
-    for config in (train.EntropyGRPOConfig, train.AsyPPOConfig):
+    for config in (EntropyGRPOConfig, AsyPPOConfig):
         monkeypatch.setattr(config, "world_size", property(lambda self: processes(request.param)))
     return request.param, *parse(request.param, tmp_path)[:3]
 
@@ -43,7 +43,7 @@ def test_published_settings(recipe):
     assert config.lr_scheduler_type == "cosine_with_min_lr"
     assert config.lr_scheduler_kwargs == {"min_lr_rate": 0.2}
     assert (config.beta, config.max_completion_length) == (0.01, 512)
-    assert isinstance(config, train.AsyPPOConfig) == ppo
+    assert isinstance(config, AsyPPOConfig) == ppo
     if ppo:
         assert (config.num_critics, config.gae_gamma, config.gae_lambda) == (1, 1.0, 1.0)
         assert (config.advantage_mask_fraction, config.entropy_filter_fraction) == (0.0, 0.0)

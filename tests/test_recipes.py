@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
 from trl_entropy.commands import train
 from trl_entropy.recipes import recipe_names, recipe_path, recipes_dir
 from trl_entropy.tasks import get_task
@@ -74,7 +75,7 @@ def test_recipe_becomes_a_config(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KLEAR)
 def test_klear_schedule(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """128 prompts x 8 completions a rollout, 8 optimizer steps of 16 x 8 completions, on the header's processes."""
-    monkeypatch.setattr(train.EntropyGRPOConfig, "world_size", property(lambda self: processes(name)))
+    monkeypatch.setattr(EntropyGRPOConfig, "world_size", property(lambda self: processes(name)))
     _, config, _, _ = parse(name, tmp_path)
     assert config.generation_batch_size == 128 * config.num_generations == 1024
     assert config.steps_per_generation * config.num_iterations == 8 * config.gradient_accumulation_steps
@@ -112,9 +113,9 @@ def test_klear_settings(name: str, tmp_path: Path) -> None:
 def test_asyppo_recipes_select_its_trainer(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two critics and both fractions 0.2, arXiv 2510.01656; 4 optimizer steps a rollout on the header's processes."""
     if name != "asyppo-arithmetic":
-        monkeypatch.setattr(train.AsyPPOConfig, "world_size", property(lambda self: processes(name)))
+        monkeypatch.setattr(AsyPPOConfig, "world_size", property(lambda self: processes(name)))
     script, config, model, _ = parse(name, tmp_path)
-    assert isinstance(config, train.AsyPPOConfig)
+    assert isinstance(config, AsyPPOConfig)
     assert script.critics
     assert (config.num_critics, config.critic_gae_lambda) == (2, 1.0)
     assert (config.advantage_mask_fraction, config.entropy_filter_fraction) == (0.2, 0.2)
@@ -128,4 +129,4 @@ def test_asyppo_recipes_select_its_trainer(name: str, tmp_path: Path, monkeypatc
 
 def test_without_critics_the_trainer_is_not_asyppos(tmp_path: Path) -> None:
     _, config, _, _ = parse("quickstart", tmp_path)
-    assert not isinstance(config, train.AsyPPOConfig)
+    assert not isinstance(config, AsyPPOConfig)

@@ -7,72 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
+from tests.commands.conftest import WriteRecipe
 from trl_entropy.commands import train
 from trl_entropy.tasks import arithmetic
-
-FIELDS: dict[str, Any] = {
-    "dataset_name": "rows.jsonl",
-    "reward_funcs": "tests.commands.test_train.first_character_reward",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "learning_rate": "1e-3",  # as YAML reads 1e-3 without a dot: text
-    "max_steps": 4,
-    "per_device_train_batch_size": 8,
-    "num_generations": 4,
-    "max_completion_length": 6,
-    "steps_per_generation": 4,
-    "erc_low": 0.95,
-    "erc_high": 1.05,
-}
-
-
-def first_character_reward(completions: list[str], **kwargs: object) -> list[float]:
-    """1.0 where the first character has an odd code point."""
-    return [float(ord(text[0]) % 2) if text else 0.0 for text in completions]
-
-
-WriteRecipe = Callable[..., list[str]]
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch) -> WriteRecipe:
-    """Writes a recipe and its rows: `recipe(**fields)` returns `["--config", PATH]`; `None` takes a field out."""
-    monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"{i}+{7 * i % 10}="[: 1 + i % 4], "note": i} for i in range(16)]
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-
-    def write(**overrides: Any) -> list[str]:
-        fields = {**FIELDS, "model_name_or_path": tiny_model_path, "output_dir": "run", **overrides}
-        fields = {name: value for name, value in fields.items() if value is not None}
-        Path("recipe.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
-        return ["--config", str(tmp_path / "recipe.yaml")]
-
-    return write
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails a test in which a trainer is built."""
-
-    def refuse(**kwargs: object) -> None:
-        pytest.fail("a model was loaded")
-
-    monkeypatch.setattr(train, "EntropyGRPOTrainer", refuse)
 
 
 def log_history(run: str = "run") -> list[dict[str, float]]:
@@ -243,31 +188,6 @@ def test_missing_prompt_column(recipe: WriteRecipe) -> None:
     Path("rows.jsonl").write_text('{"question": "1+1="}\n', encoding="utf-8")
     with pytest.raises(SystemExit, match="no column 'prompt', only question"):
         train.main(argv)
-
-
-@pytest.mark.usefixtures("no_model")
-def test_missing_or_broken_recipe(tmp_path: Path) -> None:
-    for argv in (["--config", "no.yaml"], ["--config=no.yaml"], ["--config"]):
-        with pytest.raises(SystemExit, match=r"is not a file\. The recipes in .*erc-r1-distill-qwen-1\.5b"):
-            train.main(argv)
-    broken = tmp_path / "broken.yaml"
-    broken.write_text("a: [1", encoding="utf-8")
-    with pytest.raises(SystemExit, match="not valid YAML"):
-        train.main(["--config", str(broken)])
-
-
-@pytest.mark.usefixtures("no_model")
-def test_recipe_cannot_run_code(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"output_dir: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="not valid YAML"):
-        train.main(["--config", str(recipe)])
-    assert not (tmp_path / "made").exists()
-
-
-def test_config_with_an_equals_sign(recipe: WriteRecipe) -> None:
-    option, path = recipe()
-    assert train.parse([f"{option}={path}"])[1].erc_low == 0.95
 
 
 def launch(count: int, argv: list[str]) -> None:
