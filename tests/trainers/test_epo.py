@@ -108,7 +108,7 @@ def micro_batches(seed=0):
 
 @pytest.mark.parametrize(
     ("form", "schedule", "history"),
-    itertools.product(["hinge", "indicator"], ["decay", "grow", "constant"], ["scalar", "per_turn"]),
+    list(itertools.product(["hinge", "indicator"], ["decay", "grow", "constant"], ["scalar", "per_turn"])),
 )
 def test_gradient_over_an_accumulation_window_is_the_formulas(make_trainer, monkeypatch, form, schedule, history):
     stub_forward(monkeypatch)
