@@ -105,6 +105,6 @@ def test_study_page_has_the_tables_of_its_results(study):
     for setting in study.SETTINGS:
         runs = {arm: [results[f"{setting} / {arm} / {seed}"] for seed in study.SEEDS] for arm in study.ARMS}
         assert all(len(result["rollouts"]) == 60 for arm in runs.values() for result in arm)
-        for minus in (None, "GRPO", study.BONUS):
+        for minus in study.COMPARED.values():
             assert study.table(runs, minus) in page
     assert len(study.SEEDS) == 5

@@ -4,9 +4,9 @@ Run from the repository, with the extra `plots`:
 
     python recipes/study/epo_oscillation.py
 
-Seeds 0 to 4; each seed's policy, data order and sampling seed are the same in every arm. Half an hour of one core.
-Results are kept run by run in `epo_oscillation.json` beside this file, so a second call continues where the first one
-stopped; `--report` only draws the figure and writes the tables of `epo_oscillation.md` again.
+Seeds 0 to 4; each seed's policy, data order and sampling seed are the same in every arm. Three quarters of an hour of
+one core. Results are kept run by run in `epo_oscillation.json` beside this file, so a second call continues where the
+first one stopped; `--report` only draws the figure and writes the tables of `epo_oscillation.md` again.
 
 Two settings: that of `recipes/epo-corridor.yaml`, and the same with 1.5 times its learning rate, where GRPO is no
 longer stable. Oscillation is what arXiv 2509.22576 looks at: the standard deviation, from RL step 10 on, of the change
@@ -50,6 +50,8 @@ ARMS = {
 }
 DECAYING = tuple(arm for arm in ARMS if arm.endswith("decaying"))
 """Both entropy terms weigh twice as much at an episode's first turn, nothing at its last, evenly falling between."""
+UNIFORM = "uniform"
+COMPARED = {"values": None, "minus GRPO": "GRPO", "minus bonus": BONUS, "minus uniform": UNIFORM}
 SEEDS = (0, 1, 2, 3, 4)
 FIRST_STEP = 10
 LAST_STEPS = 10
@@ -160,13 +162,16 @@ def interval(values: Iterable[float]) -> str:
 
 
 def table(runs: dict[str, list[dict[str, Any]]], minus: str | None = None) -> str:
-    """Markdown table of all quantities of the arms' runs; with `minus`, of the paired difference from that arm."""
+    """Markdown table of all quantities of the arms' runs; with `minus`, of the paired difference from that arm.
+
+    `minus=UNIFORM` has the decaying arms alone, and subtracts from each the one with the same weights at every turn.
+    """
     lines = ["| arm | " + " | ".join(QUANTITIES) + " |", "|---" * (len(QUANTITIES) + 1) + "|"]
-    for arm in (arm for arm in ARMS if arm != minus):
-        cells = []
+    for arm in DECAYING if minus == UNIFORM else (arm for arm in ARMS if arm != minus):
+        cells, other = [], arm.removesuffix(", decaying") if minus == UNIFORM else minus
         for quantity in QUANTITIES.values():
             values = [quantity(result) for result in runs[arm]]
-            base = [quantity(result) for result in runs[minus]] if minus else [0.0] * len(values)
+            base = [quantity(result) for result in runs[other]] if other else [0.0] * len(values)
             cells.append(interval(value - other for value, other in zip(values, base, strict=True)))
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -219,7 +224,7 @@ def report(results: dict[str, Any]) -> None:
     draw(grouped)
     text = SECTION.read_text(encoding="utf-8")
     for setting, runs in grouped.items():
-        for name, minus in {"values": None, "minus GRPO": "GRPO", "minus bonus": BONUS}.items():
+        for name, minus in COMPARED.items():
             text = put_table(text, f"{setting}: {name}", table(runs, minus))
     SECTION.write_text(text, encoding="utf-8")
 

@@ -98,7 +98,8 @@ def _held_out(trainer: MeasuringTrainer, task: StudyTask) -> dict[str, float]:
 
 def _measured(trainer: MeasuringTrainer) -> dict[str, Any]:
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    critics = {name: [entry[name] for entry in logs if name in entry] for name in CRITIC_METRICS}
+    # the explained variance of equal returns is none
+    critics = {name: [entry[name] for entry in logs if entry.get(name) is not None] for name in CRITIC_METRICS}
     critics_warmup = getattr(trainer.args, "critic_warmup_rollouts", 0)
     return {
         **{name: values[critics_warmup:] for name, values in trainer.rollouts.items()},
