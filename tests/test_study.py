@@ -1,5 +1,6 @@
 """The study measures what it says, and its page has the tables of its committed results."""
 
+import argparse
 import importlib
 import json
 import statistics
@@ -159,12 +160,14 @@ def test_run_names():
     for name in ("corridor/nothing/8/0.001/0", "arithmetic/erc/8/6e-05", "chess/erc/8/6e-05/0"):
         with pytest.raises(ValueError, match="is not task/arm"):
             settings.Run.parse(name)
+        with pytest.raises(argparse.ArgumentTypeError, match="is not task/arm"):
+            run._run(name)
 
 
 def test_shares_are_all_arms_once():
     shares = [run._share(f"{index}/3") for index in (1, 2, 3)]
     assert sorted(arm for share in shares for arm in share) == sorted(settings.ALL_ARMS)
-    with pytest.raises(Exception, match="not a share"):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a share"):
         run._share("0/2")
 
 

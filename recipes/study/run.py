@@ -31,6 +31,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from datasets import disable_progress_bars
 from policies import STUDY_TASKS, StudyTask, answer_probabilities, start
 from probes import EntropyProbe, MeasuringAsyPPOTrainer, MeasuringTrainer
 from settings import ALL_ARMS, DEGREE, OWN_SETTINGS, TASKS, TRAINING, TUNED, Run, common_runs, tuning_runs, with_seeds
@@ -171,15 +172,23 @@ def _share(text: str) -> list[str]:
     return list(ALL_ARMS)[int(index) - 1 :: int(count)]
 
 
+def _run(text: str) -> Run:
+    try:
+        return Run.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--share", type=_share, default="1/1", help="share of the arms, such as 1/2 (default: all)")
-    what.add_argument("--only", type=Run.parse, help="train this run again and print its numbers")
+    what.add_argument("--only", type=_run, help="train this run again and print its numbers")
     arguments = parser.parse_args()
     # sums in another order round differently, and so small a network gains little from more
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     if arguments.only:
         show_again(arguments.only)
     else:
