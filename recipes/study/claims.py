@@ -116,6 +116,7 @@ class Test:
 COMMON: tuple[tuple[str, Setting], ...] = (*((COMMON_TASK, degree) for degree in DEGREES), (COMMON_TASK, STEEP))
 HARD: tuple[tuple[str, Setting], ...] = ((COMMON_TASK, STEEP_DEGREE), (COMMON_TASK, STEEP))
 SINGLE_TURN = (("arithmetic", TUNED), ("spell_backward", TUNED))
+SPELLING = (("spell_backward", TUNED),)
 MULTI_TURN = (("corridor", TUNED),)
 WITH_CORRIDOR = (*SINGLE_TURN, *MULTI_TURN)
 WITH_CRITICS = (("arithmetic", TUNED), *MULTI_TURN)
@@ -135,7 +136,10 @@ TESTS = (
     Test("b", "success", "erc", "dapo", "higher", (*COMMON, *WITH_CORRIDOR)),
     Test("b", "success", "erc", "kl", "higher", (*COMMON, *SINGLE_TURN)),
     Test("b", "success", "erc", "bonus", "higher", (*COMMON, *SINGLE_TURN)),
+    Test("b", "success", "erc", "ce-gppo-0-1", "higher", SPELLING),
+    Test("b", "success", "kl", "dapo", "higher", COMMON),
     Test("b explained", "success", "erc-wide", "erc", "higher", HARD),
+    Test("b explained", "success", "erc-wide", "dapo", "higher", HARD),
     Test("b explained", "success", "erc-random", "erc", "same", HARD),
     Test("b explained", "success", "erc-away", "erc", "higher", (*HARD, *MULTI_TURN)),
     Test("b explained", "success", "erc-away", "dapo", "higher", (*HARD, *MULTI_TURN)),
@@ -148,13 +152,18 @@ TESTS = (
     Test("d", "success", "gppo", "ppo-clip", "higher", COMMON),
     Test("d", "success", "ce-gppo", "ppo-clip", "higher", WITH_CORRIDOR),
     Test("d", "success", "ce-gppo", "dapo", "higher", WITH_CORRIDOR),
+    Test("d", "success", "ce-gppo", "ce-gppo-0-1", "higher", SPELLING),
     Test("d", "entropy, last half", "ce-gppo-0-1", "dapo", "same", COMMON),
+    Test("d", "entropy, last half", "dapo", "ppo-clip", "higher", COMMON),
     Test("d", "entropy, last half", "ce-gppo-0-1", "ppo-clip", "higher", COMMON),
+    Test("e", "entropy oscillation", "epo", "ppo-clip", "lower", MULTI_TURN),
+    Test("e", "success", "epo", "ppo-clip", "higher", MULTI_TURN),
     Test("f", "success", "asyppo", "ppo-clip", "higher", WITH_CRITICS),
     Test("f", "success", "asyppo", "dapo", "higher", WITH_CRITICS),
     Test("f", "success", "asyppo", "ppo-small", "higher", WITH_CRITICS),
     Test("f", "success", "asyppo", "ppo-symmetric", "higher", WITH_CRITICS),
     Test("f", "spread of the critics", "asyppo", "asyppo-shared-data", "higher", MULTI_TURN),
+    Test("f", "explained variance", "asyppo", "asyppo-shared-data", "lower", MULTI_TURN),
     Test("f", "success", "asyppo", "asyppo-shared-data", "higher", MULTI_TURN),
     Test("f", "success", "asyppo", "asyppo-entropy-mask", "higher", MULTI_TURN),
     Test("g", "success", "asyppo+ce-gppo", "asyppo", "higher", MULTI_TURN),
