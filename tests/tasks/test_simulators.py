@@ -1,6 +1,7 @@
 """Simulator processes: dealt in turn, started again when dead, and their failures told apart."""
 
 import sys
+import time
 
 import pytest
 
@@ -8,12 +9,18 @@ from trl_entropy.tasks.environments import EnvironmentCrash, EnvironmentPool, St
 from trl_entropy.tasks.simulators import ChildProcess, SimulatorPool
 
 ECHO = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
 for number, line in enumerate(sys.stdin):
     request = json.loads(line)
     if request["say"] == "die":
         os._exit(3)
     if request["say"] == "hang":
+        time.sleep(60)
+    if request["say"] == "half":
+        print('{"say": ', end="", flush=True)
+        time.sleep(60)
+    if request["say"] == "orphan":  # its child keeps the pipe open
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         time.sleep(60)
     if request["say"] == "fail":
         request = {"error": "on request"}
@@ -53,17 +60,31 @@ def test_error_leaves_the_process_alive(start):
 
 @pytest.mark.parametrize(
     ("say", "message"),
-    [("die", "it ended with exit code 3"), ("hang", r"no answer in 0\.3 s"), ("garbage", "Expecting value")],
+    [
+        ("die", "it ended with exit code 3"),
+        ("garbage", "Expecting value"),
+        *((say, r"no answer in 0\.3 s") for say in ("hang", "half", "orphan")),
+    ],
 )
 def test_failure_ends_the_process(start, say, message):
     process = start()
     process.call({"say": "a"})
-    process._timeout = 0.3 if say == "hang" else 60.0
+    process._timeout = 60.0 if say in ("die", "garbage") else 0.3
     with pytest.raises(EnvironmentCrash, match=message):
         process.call({"say": say})
     process._process.wait(timeout=60.0)
     with pytest.raises(EnvironmentCrash, match="the simulator process failed"):
         process.call({"say": "a"})
+
+
+def test_a_request_that_is_not_read_counts_as_no_answer():
+    process = ChildProcess([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.3)
+    started = time.monotonic()
+    with pytest.raises(EnvironmentCrash, match=r"no answer in 0\.3 s"):
+        process.call({"say": "x" * 10_000_000})  # more than a pipe holds
+    assert time.monotonic() - started < 20.0  # of the 60 that it would sleep
+    assert not process.alive
+    process.close()
 
 
 def test_closing_twice_does_nothing(start):

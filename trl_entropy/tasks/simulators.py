@@ -2,10 +2,12 @@
 
 import itertools
 import json
-import select
+import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 from trl_entropy.tasks.environments import EnvironmentCrash
@@ -74,7 +76,10 @@ class ChildProcess:
     """
 
     def __init__(self, command: Sequence[str], timeout: float) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        # a session of its own, so that what the program started can be ended with it
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
         self._timeout = timeout
         self._lock = threading.Lock()
 
@@ -86,15 +91,26 @@ class ChildProcess:
         """Send a request and wait for its answer.
 
         Raises:
-            EnvironmentCrash: If the answer has the key `"error"`, or the process died or did not answer in time.
+            EnvironmentCrash: If the answer has the key `"error"`, or the process died, or did not read the request
+                and answer it in time.
         """
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._kill()  # which ends a write that nobody reads, and the wait for the rest of a line
+
         with self._lock:
+            watch = threading.Timer(self._timeout, expire)
+            watch.start()
             try:
                 answer = self._exchange(json.dumps(request).encode() + b"\n")
             except (OSError, EOFError, ValueError) as error:
-                self._process.kill()  # what it would answer later belongs to no call
-                self._process.wait()  # until then it would be given new environments
-                raise EnvironmentCrash(f"the simulator process failed ({error})") from error
+                reason = f"no answer in {self._timeout} s" if expired.is_set() else error
+                self._kill()  # what it would answer later belongs to no call
+                raise EnvironmentCrash(f"the simulator process failed ({reason})") from error
+            finally:
+                watch.cancel()
         if "error" in answer:
             raise EnvironmentCrash(answer["error"])
         return answer
@@ -103,21 +119,26 @@ class ChildProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(line)
-        if not select.select([self._process.stdout], [], [], self._timeout)[0]:
-            raise TimeoutError(f"no answer in {self._timeout} s")
+        self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        if not answer:
+        if not answer.endswith(b"\n"):
             raise EOFError(f"it ended with exit code {self._process.wait()}")
         return json.loads(answer)
+
+    def _kill(self) -> None:
+        """End the process and what it started."""
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def close(self) -> None:
         """End the process by closing its input, or by force if it does not end."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
+        with suppress(OSError):  # a request that it never read
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=5.0)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
         self._process.stdout.close()
