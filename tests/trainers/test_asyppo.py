@@ -12,7 +12,7 @@ from tests.conftest import VOCABULARY
 from tests.stubbed import stub_forward
 from tests.trainers.test_grpo import ALL_CONTROLS, assert_same_weights, logged, weights
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig
-from trl_entropy.critics import explained_variance
+from trl_entropy.critics import CriticEnsemble, explained_variance
 
 CLASSIC = {"num_critics": 1, "advantage_mask_fraction": 0.0, "entropy_filter_fraction": 0.0}
 BONUS = {"entropy_coef": 0.01}
@@ -212,6 +212,55 @@ def test_it_trains_with_every_control_and_logs_its_metrics(make_asyppo, tiny_dat
     assert logged(trainer, "epo/beta")
     assert logged(trainer, "eval_asyppo/explained_variance")
     assert not logged(trainer, "eval_asyppo/critic_0/loss")
+
+
+@pytest.fixture
+def seen_by_critics(monkeypatch):
+    """What the critics were trained on: `(targets, mask, settings)` of each rollout; they do not train."""
+    seen = []
+
+    def record(self, ids, attention, mask, targets, **settings):
+        seen.append((targets, mask, settings))
+        return {}
+
+    monkeypatch.setattr(CriticEnsemble, "train_on", record)
+    return seen
+
+
+def test_the_settings_of_the_critics_reach_their_training(make_asyppo, seen_by_critics):
+    trainer = make_asyppo(
+        gae_gamma=0.9,
+        gae_lambda=0.8,
+        critic_gae_lambda=0.5,
+        critic_num_epochs=3,
+        critic_per_device_train_batch_size=2,
+        critic_learning_rate=0.25,
+        bootstrap_truncated=False,
+    )
+    output = rollout(trainer)
+    targets, mask, settings = seen_by_critics[0]
+    value = torch.stack([critic_values(critic, output) for critic in trainer.critics.critics]).mean(0)
+    texts = trainer._tokenizer.batch_decode(output["completion_ids"], skip_special_tokens=True)
+    rewards = [float(ord(text[0]) % 2) if text else 0.0 for text in texts]
+    advantages = loop_advantages(value, rewards, mask.sum(1).tolist(), [False] * 8, 0.9, 0.5)
+    torch.testing.assert_close(targets.double()[mask], (advantages + value[:, :-1])[mask], rtol=1e-4, atol=1e-5)
+    assert (settings["epochs"], settings["batch_size"]) == (3, 2)
+    assert {group["lr"] for own in trainer.critics._optimizers for group in own._adamw.param_groups} == {0.25}
+
+
+def test_logged_values_and_quantiles_are_those_of_the_critics(make_asyppo, seen_by_critics):
+    trainer = make_asyppo()
+    output = rollout(trainer)
+    per_critic = torch.stack([critic_values(critic, output)[:, :-1] for critic in trainer.critics.critics])
+    mask, metrics = output["completion_mask"].bool(), trainer._metrics["train"]
+    trainer._token_means["train"].close_window(lambda totals: totals)
+    means = trainer._token_means["train"].pop()
+    for index, value in enumerate(per_critic):
+        assert means[f"asyppo/critic_{index}/value_mean"] == pytest.approx(value[mask].mean().item(), rel=1e-4)
+    spread = per_critic.std(0, unbiased=False)[mask].sort().values
+    for name, share in {"p10": 0.1, "p50": 0.5, "p90": 0.9}.items():
+        expected = spread[int(share * (len(spread) - 1))].item()
+        assert metrics[f"asyppo/value_std_{name}"] == [pytest.approx(expected, rel=1e-4)]
 
 
 def test_warm_up_trains_the_critics_and_leaves_the_policy(make_asyppo, monkeypatch):

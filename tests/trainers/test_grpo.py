@@ -188,8 +188,10 @@ def test_model_card_names_methods_settings_and_papers(make_trainer, tmp_path):
     os.makedirs(trainer.args.output_dir, exist_ok=True)
     trainer.create_model_card(model_name="tiny")
     card = Path(trainer.args.output_dir, "README.md").read_text()
-    for text in ("erc_low=0.95", "ce_gppo_alpha1=0.75", "positive_nll_coef=0.1", "2512.05591", "2509.20712"):
+    for text in ("erc_low=0.95", "ce_gppo_alpha1=0.75", "epo_coef=0.1", "positive_nll_coef=0.1"):
         assert text in card
+    for paper in ("2512.05591", "2509.20712", "2509.22576", "2508.07629"):
+        assert paper in card
     assert "4 optimizer steps per rollout" in card
     plain = make_trainer(tmp_path / "plain")
     os.makedirs(plain.args.output_dir, exist_ok=True)
