@@ -1,0 +1,102 @@
+"""Every field of the trainers' configurations changes something that can be seen.
+
+A new field must be added to `CHANGES`, with what shall differ when it does: a field that nothing reads fails the test.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import GRPOConfig
+
+from tests.tasks.test_multi_turn_training import multi_turn_trainer
+from tests.trainers.test_grpo import logged, weights
+from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig
+from trl_entropy.telemetry.record import read_record
+
+ERC = {"erc_low": 0.95, "erc_high": 1.05}
+CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "epsilon": 0.01}
+EPO = {"epo_coef": 1.0, "epo_penalty": 1.0, "epo_kappa_low": 1.0, "epo_kappa_high": 1.001}
+NLL = {"positive_nll_coef": 1.0}
+CRITICS = {"critic_learning_rate": 1e-2, "entropy_coef": 0.01}
+
+POLICY, CRITIC, RECORD = "policy", "critic", "record"
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "erc_low": (ERC, {"erc_low": 0.999}, POLICY),
+    "erc_high": (ERC, {"erc_high": 1.001}, POLICY),
+    "ce_gppo_alpha1": (CE_GPPO, {"ce_gppo_alpha1": 0.1}, POLICY),
+    "ce_gppo_alpha2": (CE_GPPO, {"ce_gppo_alpha2": 0.1}, POLICY),
+    "epo_coef": (EPO, {"epo_coef": 0.0}, POLICY),
+    "epo_kappa_low": (EPO, {"epo_kappa_low": 0.5}, POLICY),
+    "epo_kappa_high": (EPO, {"epo_kappa_high": 2.0}, POLICY),
+    "epo_penalty": (EPO, {"epo_penalty": 0.1}, POLICY),
+    "epo_gamma": (EPO, {"epo_gamma": 30.0}, POLICY),
+    "epo_schedule": (EPO, {"epo_schedule": "grow"}, POLICY),
+    "epo_form": (EPO, {"epo_form": "indicator"}, POLICY),
+    "epo_history": ({**EPO, "episodes": True}, {"epo_history": "per_turn"}, "metric epo/history"),
+    "positive_nll_coef": (NLL, {"positive_nll_coef": 0.0}, POLICY),
+    "positive_nll_min_reward": (NLL, {"positive_nll_min_reward": 2.0}, POLICY),
+    "record_tokens": ({}, {"record_tokens": 4}, RECORD),
+    "num_critics": (CRITICS, {"num_critics": 3}, "metric asyppo/critic_2/loss"),
+    "critic_learning_rate": (CRITICS, {"critic_learning_rate": 1e-3}, CRITIC),
+    "critic_num_epochs": (CRITICS, {"critic_num_epochs": 2}, CRITIC),
+    "critic_per_device_train_batch_size": (CRITICS, {"critic_per_device_train_batch_size": 1}, CRITIC),
+    "critic_warmup_rollouts": (CRITICS, {"critic_warmup_rollouts": 1}, CRITIC),
+    "critic_gradient_checkpointing": (CRITICS, {"critic_gradient_checkpointing": True}, "checkpointing"),
+    "critic_dtype": (CRITICS, {"critic_dtype": "bfloat16"}, CRITIC),
+    "gae_gamma": (CRITICS, {"gae_gamma": 0.5}, POLICY),
+    "gae_lambda": (CRITICS, {"gae_lambda": 0.5}, POLICY),
+    "critic_gae_lambda": (CRITICS, {"critic_gae_lambda": 0.5}, CRITIC),
+    "bootstrap_truncated": (CRITICS, {"bootstrap_truncated": False}, CRITIC),
+    "whiten_advantages": (CRITICS, {"whiten_advantages": False}, POLICY),
+    "advantage_mask_fraction": (CRITICS, {"advantage_mask_fraction": 0.5}, POLICY),
+    "entropy_filter_fraction": (CRITICS, {"entropy_filter_fraction": 0.9}, POLICY),
+}
+"""Field: the settings around it, the change, and what it must change."""
+
+
+def names(config_class: type) -> set[str]:
+    return {field.name for field in fields(config_class)}
+
+
+def test_every_field_is_in_the_table():
+    assert set(CHANGES) == names(AsyPPOConfig) - names(GRPOConfig)
+    assert names(EntropyGRPOConfig) < names(AsyPPOConfig)
+
+
+@pytest.fixture
+def observe(make_trainer: Callable[..., Any], tiny_model_path: str, tmp_path: Path) -> Callable[..., Any]:
+    """`observe(run, settings, what)`: train two rollouts of two steps each with these settings; what is seen."""
+
+    def observe(run: str, settings: dict[str, Any], what: str) -> Any:
+        # a rate at which two updates leave ERC's bounds and a narrow trust region
+        settings = {"max_steps": 4, "steps_per_generation": 2, "learning_rate": 3e-2, **settings}
+        make = multi_turn_trainer if settings.pop("episodes", False) else type(make_trainer).__call__
+        if not settings.keys() <= names(EntropyGRPOConfig):
+            settings["config_class"] = AsyPPOConfig
+            settings["trainer_class"] = lambda **kwargs: AsyPPOTrainer(**kwargs, critics=tiny_model_path)
+        trainer = make(make_trainer, output_dir=tmp_path / run, **settings)
+        trainer.train()
+        match what.split():
+            case ["policy"]:
+                return torch.cat([value.flatten() for value in weights(trainer).values()]).tolist()
+            case ["critic"]:
+                return [value.flatten().tolist() for value in trainer.critics.critics[0].state_dict().values()]
+            case ["record"]:
+                return read_record(Path(trainer.args.output_dir)) is None
+            case ["checkpointing"]:
+                return [critic.is_gradient_checkpointing for critic in trainer.critics.critics]
+            case ["metric", key]:
+                return logged(trainer, key)
+        raise ValueError(what)
+
+    return observe
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_field_changes_what_it_says(observe, field):
+    settings, change, what = CHANGES[field]
+    assert observe("base", settings, what) != observe("changed", {**settings, **change}, what)
