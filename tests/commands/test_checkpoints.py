@@ -102,3 +102,56 @@ def test_code_of_a_repository_is_not_run_unless_asked_for(model: Path) -> None:
     (model / "mine.py").write_text("raise SystemExit('ran')")
     with pytest.raises(ValueError, match="trust_remote_code"):
         find_checkpoint(str(model))
+
+
+@pytest.fixture
+def elsewhere(model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: another one than that in which the adapter, on `model`, was trained. No hub."""
+
+    def no_hub(name: str, **kwargs: Any) -> Any:
+        if not Path(name).is_dir():
+            raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+        return load(name, **kwargs)
+
+    load = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", no_hub)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return adapter
+
+
+def set_base(adapter: Path, base: str | None) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+
+
+@pytest.mark.parametrize("base", ["model", "./model", "../gone/model", "runs/a/b/model"])
+def test_a_base_that_is_not_found_from_here_is_said_to_be(base: str, elsewhere: Path, model: Path) -> None:
+    set_base(elsewhere, base)
+    with pytest.raises(FileNotFoundError) as refused:
+        find_checkpoint(str(elsewhere))
+    message = str(refused.value)
+    assert f"model={str(elsewhere)!r} is an adapter on the base model {base!r}, which is not found from" in message
+    assert str(Path.cwd()) in message
+    assert f"as base_model_name_or_path into {elsewhere / 'adapter_config.json'}" in message
+    assert "\n" not in message
+    assert (f"It may be {model.resolve()}." in message) == (base in ("model", "./model"))
+    assert ("couldn't connect" in message) == (base == "model")
+
+
+def test_a_base_that_is_found_is_taken(elsewhere: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_base(elsewhere, str(model))
+    assert find_checkpoint(str(elsewhere)).model == str(model)
+    set_base(elsewhere, "model")
+    monkeypatch.chdir(model.parent)
+    found = find_checkpoint("adapter")
+    assert (found.model, found.adapter) == ("model", "adapter")
+
+
+def test_adapters_without_a_base_or_on_an_adapter(elsewhere: Path, tmp_path: Path) -> None:
+    set_base(elsewhere, None)
+    with pytest.raises(ValueError, match="does not say which model it belongs to"):
+        find_checkpoint(str(elsewhere))
+    set_base(elsewhere, str(shutil.copytree(elsewhere, tmp_path / "first")))
+    with pytest.raises(ValueError, match=r"which is an adapter itself\. Merge that one"):
+        find_checkpoint(str(elsewhere))

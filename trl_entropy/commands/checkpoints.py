@@ -53,13 +53,14 @@ def find_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint
         trust_remote_code: Run the modelling code that a repository brings.
 
     Raises:
-        FileNotFoundError: If it looks like a folder and is not there, or holds no model.
-        ValueError: If the weights are not safetensors.
+        FileNotFoundError: If it looks like a folder and is not there, or holds no model; if an adapter's base model is
+            not found from the working directory.
+        ValueError: If the weights are not safetensors, or an adapter names no base model or another adapter.
         OSError: If the hub does not have it or cannot be reached.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if _looks_like_a_folder(name):
             raise FileNotFoundError(f"model={name!r} is not a folder. Give a folder, or a name on the hub.")
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         return Checkpoint(name, name, None, f"{name}@{getattr(config, '_commit_hash', None)}", _context(config))
@@ -67,7 +68,10 @@ def find_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint
     if not (folder / "config.json").is_file():
         adapter, base = str(folder), _base_model(folder)
     _require_safetensors(folder, adapter is not None)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    if adapter is None:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    else:
+        config = _base_config(folder, base, trust_remote_code)
     fingerprint = _fingerprint(folder)
     if adapter is not None and Path(base).is_dir():
         _require_safetensors(Path(base), False)
@@ -89,7 +93,45 @@ def _base_model(folder: Path) -> str:
         checkpoints = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
         hint = f" Name one of its checkpoints: {', '.join(checkpoints)}." if checkpoints else ""
         raise FileNotFoundError(f"model={str(folder)!r} has no config.json and no {ADAPTER_CONFIG}.{hint}")
-    return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"model={str(folder)!r} is an adapter that does not say which model it belongs to. Write that model's "
+            f"folder or name as base_model_name_or_path into {folder / ADAPTER_CONFIG}."
+        )
+    return base
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def _base_config(folder: Path, base: str, trust_remote_code: bool) -> Any:
+    """The config of an adapter's base model, a folder or a name on the hub."""
+    if is_adapter(Path(base)):
+        raise ValueError(
+            f"model={str(folder)!r} is an adapter on {base!r}, which is an adapter itself. Merge that one into its "
+            f"own base model, and name the result as base_model_name_or_path in {folder / ADAPTER_CONFIG}."
+        )
+    reason = ""
+    if Path(base).is_dir() or not _looks_like_a_folder(base):
+        try:
+            return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            if Path(base).is_dir():
+                raise
+            reason = f" ({str(error).splitlines()[0].rstrip('.')})"
+    above = [parent / base for parent in folder.resolve().parents if (parent / base / "config.json").is_file()]
+    raise FileNotFoundError(
+        f"model={str(folder)!r} is an adapter on the base model {base!r}, which is not found from {Path.cwd()}{reason}"
+        ". A relative path counts from where the adapter was trained: run from there, or write the whole path as "
+        f"base_model_name_or_path into {folder / ADAPTER_CONFIG}." + (f" It may be {above[0]}." if above else "")
+    )
+
+
+def _looks_like_a_folder(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _require_safetensors(folder: Path, is_adapter: bool) -> None:
