@@ -54,3 +54,32 @@ def test_table_is_markdown_in_per_cent():
     assert cells[3][:2] + cells[3][5:] == ["aime24", "b", "+50.0 [+50.0, +50.0]", "10", "0.0 %", "2 of 2"]
     assert cells[2][2] == "25.0 [0.0, 50.0]"
     assert len({len(line) for line in lines}) == 1
+
+
+NAN = float("nan")
+
+
+def test_samples_that_are_not_scored_are_left_out_and_counted():
+    # of four samples each: 2 of 3 scored ones, 1 of 1, none scored, 0 of 4
+    problems = [problem(0, 1, NAN, 1, 0), problem(1, None, 1, NAN, None), problem(2, *[NAN] * 4), problem(3, *[0] * 4)]
+    result = summarise(problems, [1, 3, 4], seed=0)
+    assert (result["correct"], result["scored"]) == ([2, 1, None, 0], [3, 1, 0, 4])
+    assert (result["num_ungraded"], result["num_unscored"], result["num_problems"]) == (1, 8, 4)
+    assert result["avg"]["value"] == result["pass"]["1"]["value"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    # three scored samples: the first and the last problem, 2 of 3 and 0 of 4 correct; four: the last alone
+    assert (result["pass"]["3"]["value"], result["pass"]["3"]["num_problems"]) == (0.5, 2)
+    assert (result["pass"]["4"]["value"], result["pass"]["4"]["num_problems"]) == (0.0, 1)
+    lines = table({"s": {"m": result}}).splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells[-1] == "3 of 4, 8 samples not scored"
+    assert cells[4].endswith("] (2 problems)")
+    assert cells[5].endswith("] (1 problems)")
+    assert summarise([problem(0, 1, NAN)], [1, 2], seed=0)["pass"]["2"] is None
+    assert "| - " in table({"s": {"m": summarise([problem(0, 1, NAN)], [1, 2], seed=0)}})
+
+
+def test_difference_of_problems_with_samples_left_out():
+    first = summarise([problem(0, 1, NAN, 0), problem(1, 0, 0, 0), problem(2, NAN, NAN, NAN)], [1], seed=0)
+    second = summarise([problem(0, 1, 1, 1), problem(1, NAN, NAN, 1), problem(2, 1, 1, 1)], [1], seed=0)
+    # 1 - 1/2 and 1 - 0
+    assert compare(second, first, seed=0)["value"] == pytest.approx(0.75)

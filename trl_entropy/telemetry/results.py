@@ -1,6 +1,7 @@
 """What an evaluation's samples add up to, as data and as a Markdown table."""
 
 from dataclasses import asdict
+from math import isnan
 from typing import Any
 
 from trl_entropy.telemetry.estimates import estimate, estimate_difference, pass_at_k
@@ -13,27 +14,34 @@ CORRECT_REWARD = 1.0
 def summarise(samples: list[list[Sample]], k: list[int], seed: int) -> dict[str, Any]:
     """A cell's results.
 
-    Problems that a reward could not grade are left out of the estimates and counted.
+    Samples without a reward are left out of the estimates and counted, as training leaves them out of a group's mean:
+    a problem's accuracy is that of its scored samples, and `pass` for a `k` is over the problems that have as many.
 
     Returns:
-        `avg` and `pass` (by k) as `trl_entropy.telemetry.estimates.Estimate`s, `correct` (per problem, `None` if not
-        graded), `num_problems`, `num_ungraded`, `num_samples` per problem, `mean_tokens` and `truncated_fraction`.
+        `avg` and `pass` (by k) as `trl_entropy.telemetry.estimates.Estimate`s with their `num_problems` (`None` where
+        no problem has `k` scored samples), `correct` and `scored` (samples per problem; `correct` is `None` where none
+        is scored), `num_problems`, `num_ungraded` (problems without a scored sample), `num_unscored` (samples),
+        `num_samples` per problem, `mean_tokens` and `truncated_fraction`.
 
     Raises:
-        ValueError: If no problem could be graded.
+        ValueError: If no sample was scored.
     """
-    correct = [_num_correct(problem) for problem in samples]
-    graded = [count for count in correct if count is not None]
+    rewards = [_rewards(problem) for problem in samples]
+    scored = [len(of_problem) for of_problem in rewards]
+    correct = [sum(reward >= CORRECT_REWARD for reward in of_problem) for of_problem in rewards]
+    graded = [(count, n) for count, n in zip(correct, scored, strict=True) if n]
     if not graded:
         raise ValueError("The rewards could grade none of the problems: their answers cannot be parsed.")
-    n, every = len(samples[0]), [sample for problem in samples for sample in problem]
+    every = [sample for problem in samples for sample in problem]
     return {
-        "avg": asdict(estimate([count / n for count in graded], seed)),
-        "pass": {str(size): asdict(estimate([pass_at_k(n, c, size) for c in graded], seed)) for size in k},
-        "correct": correct,
+        "avg": _estimate([count / n for count, n in graded], seed),
+        "pass": {str(size): _estimate([pass_at_k(n, c, size) for c, n in graded if n >= size], seed) for size in k},
+        "correct": [count if n else None for count, n in zip(correct, scored, strict=True)],
+        "scored": scored,
         "num_problems": len(samples),
         "num_ungraded": len(samples) - len(graded),
-        "num_samples": n,
+        "num_unscored": len(every) - sum(scored),
+        "num_samples": len(samples[0]),
         "mean_tokens": sum(sample.num_tokens for sample in every) / len(every),
         "truncated_fraction": sum(sample.truncated for sample in every) / len(every),
     }
@@ -41,10 +49,10 @@ def summarise(samples: list[list[Sample]], k: list[int], seed: int) -> dict[str,
 
 def compare(result: dict[str, Any], baseline: dict[str, Any], seed: int) -> dict[str, float] | None:
     """The difference in avg@n of two models on one suite, paired by problem; `None` if no problem has both graded."""
-    pairs = [pair for pair in zip(result["correct"], baseline["correct"], strict=True) if None not in pair]
+    pairs = [pair for pair in zip(_accuracies(result), _accuracies(baseline), strict=True) if None not in pair]
     if not pairs:
         return None
-    scores, others = ([count / result["num_samples"] for count in counts] for counts in zip(*pairs, strict=True))
+    scores, others = map(list, zip(*pairs, strict=True))
     return asdict(estimate_difference(scores, others, seed))
 
 
@@ -57,8 +65,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for suite, by_model in results.items():
         for model, result in by_model.items():
             difference = _per_cent(result["difference"], "+.1f") if result.get("difference") else ""
-            problems = f"{result['num_problems'] - result['num_ungraded']} of {result['num_problems']}"
-            estimates = [_per_cent(value) for value in (result["avg"], *result["pass"].values())]
+            graded = result["num_problems"] - result["num_ungraded"]
+            problems = f"{graded} of {result['num_problems']}"
+            if result["num_unscored"]:
+                problems += f", {result['num_unscored']} samples not scored"
+            estimates = [_over_problems(value, graded) for value in (result["avg"], *result["pass"].values())]
             lengths = [f"{result['mean_tokens']:.0f}", f"{100 * result['truncated_fraction']:.1f} %"]
             rows.append([suite, model, *estimates, difference, *lengths, problems])
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -68,9 +79,24 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def _num_correct(problem: list[Sample]) -> int | None:
-    rewards = [sample.reward for sample in problem]
-    return None if None in rewards else sum(reward >= CORRECT_REWARD for reward in rewards if reward is not None)
+def _rewards(problem: list[Sample]) -> list[float]:
+    """Of the scored samples."""
+    return [sample.reward for sample in problem if sample.reward is not None and not isnan(sample.reward)]
+
+
+def _accuracies(result: dict[str, Any]) -> list[float | None]:
+    return [c if c is None else c / n for c, n in zip(result["correct"], result["scored"], strict=True)]
+
+
+def _estimate(scores: list[float], seed: int) -> dict[str, Any] | None:
+    return {**asdict(estimate(scores, seed)), "num_problems": len(scores)} if scores else None
+
+
+def _over_problems(value: dict[str, Any] | None, graded: int) -> str:
+    """An estimate in per cent; with its number of problems where it leaves out some that others have."""
+    if value is None:
+        return "-"
+    return _per_cent(value) + ("" if value["num_problems"] == graded else f" ({value['num_problems']} problems)")
 
 
 def _per_cent(value: dict[str, float], form: str = ".1f") -> str:

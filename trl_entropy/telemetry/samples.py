@@ -20,7 +20,7 @@ class Sample:
     Attributes:
         problem: The problem's row, from 0.
         sample: Which of the problem's samples, from 0.
-        reward: What the task's rewards add up to; `None` where they could not grade it.
+        reward: What the task's rewards add up to; `None` where none of them scores it.
         num_tokens: Tokens generated, the end of sequence included.
         truncated: Whether it reached the limit on new tokens without ending.
         completion: Its text; not kept in memory when the file is read back.
