@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
 
 VOCABULARY = ["<pad>", "<eos>", *"0123456789+-=? abcdefghijklmnop"]
+ASCII = ["<pad>", "<eos>", "\n", *map(chr, range(32, 127))]
 TRAINER_ARGUMENTS = (
     "model",
     "reward_funcs",
@@ -27,6 +28,15 @@ TRAINER_ARGUMENTS = (
 )
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+
+
 def parity_reward(completions: list[str], **kwargs: Any) -> list[float]:
     """1.0 where the first character of the completion has an odd code point, else 0.0."""
     return [float(ord(text[0]) % 2) if text else 0.0 for text in completions]
@@ -35,38 +45,63 @@ def parity_reward(completions: list[str], **kwargs: Any) -> list[float]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Character-level tokenizer over `VOCABULARY`, padding on the left."""
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    return character_tokenizer(VOCABULARY)
+
+
+@pytest.fixture
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Character-level tokenizer over ASCII with a chat template, whose texts can be decoded to what they were."""
+    tokenizer = character_tokenizer(ASCII)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def chat_model_path(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> str:
+    """Folder with a random Qwen2, and `chat_tokenizer` beside it (loaded as Qwen2's own, it drops blanks)."""
+    path = tmp_path / "chat_qwen2"
+    make_model(len(ASCII), max_position_embeddings=512).save_pretrained(path)
+    chat_tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def character_tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="?", padding_side="left"
     )
 
 
-@pytest.fixture(scope="session")
-def tiny_model_path(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> str:
-    """Folder with a random float32 Qwen2 of about 9,000 parameters, and the tokenizer beside it.
-
-    The weights are drawn wide, so that the entropies of its tokens differ (a narrow draw gives a uniform policy). Pass
-    the path, rather than a module, to a trainer that needs a reference model (`beta != 0`).
-    """
+def make_model(vocab_size: int, max_position_embeddings: int) -> Qwen2ForCausalLM:
+    """About 9,000 random weights, drawn wide, so that the entropies of tokens differ (else the policy is uniform)."""
     set_seed(0)
     config = Qwen2Config(
-        vocab_size=len(VOCABULARY),
+        vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=128,
+        max_position_embeddings=max_position_embeddings,
         initializer_range=0.6,
         tie_word_embeddings=False,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=0,
+        eos_token_id=1,
         bos_token_id=None,
     )
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> str:
+    """Folder with a random float32 Qwen2 of about 9,000 parameters, and the tokenizer beside it.
+
+    Pass the path, rather than a module, to a trainer that needs a reference model (`beta != 0`).
+    """
     path = tmp_path_factory.mktemp("tiny_qwen2")
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    make_model(len(VOCABULARY), max_position_embeddings=128).save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     return str(path)
 

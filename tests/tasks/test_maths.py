@@ -170,3 +170,45 @@ def test_last_boxed_answer_counts() -> None:
     texts = (rf"\boxed{{{first}}} {between} \boxed{{{last}}}." for first, last in ((3, 4), (4, 3)))
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     assert reward(completions=completions, solution=[r"\boxed{4}"] * 2) == [1.0, 0.0]
+
+
+def test_the_instruction_is_the_users_whatever_follows(tmp_path: Path) -> None:
+    user, opened = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "Let me see:"}
+    rows = [{"prompt": [user, opened], "answer": "2"}, {"prompt": [user], "answer": "2"}]
+    prompts = load("train", source=write(tmp_path / "rows.jsonl", rows), template="qwen3")["prompt"]
+    asked = {"role": "user", "content": f"1+1?\n{INSTRUCTION}"}
+    assert list(prompts) == [[asked, opened], [asked]]
+
+
+def test_messages_keep_what_belongs_to_them(tmp_path: Path) -> None:
+    """Text in parts becomes text, and calls of tools stay: the chat template writes them."""
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}]
+    prompt = [
+        {"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "name": "add", "content": [{"type": "text", "text": "2"}]},
+    ]
+    source = write(tmp_path / "rows.jsonl", [{"prompt": prompt, "answer": "2"}])
+    (found,) = load("train", source=source, template="qwen2.5")["prompt"]
+    kept = [{key: value for key, value in message.items() if value is not None} for message in found]
+    assert kept == [
+        {"role": "user", "content": f"1+1?\n{INSTRUCTION}"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "name": "add", "content": "2"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [],
+        [{"role": "user", "content": " "}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": []}],
+        [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "1+1?"}]}],
+    ],
+)
+def test_prompts_without_text_or_with_more_are_refused(prompt: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"prompt": prompt, "answer": "2"}])
+    with pytest.raises(ValueError, match=r"row 0, column 'prompt': \[.*\] is not a prompt"):
+        load("train", source=source)

@@ -113,3 +113,16 @@ def test_chat_prompts_are_measured_with_their_template(tiny_tokenizer: PreTraine
     assert len(drop_long_prompts(rows, tokenizer, 7)) == 1
     with pytest.raises(ValueError, match="leaves out all 1 rows"):
         drop_long_prompts(rows, tokenizer, 6)
+
+
+def test_chat_prompts_are_measured_with_the_trainers_arguments(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    """`<|user|>12<eos><|assistant|>` are 8 + 2 + 1 + 13 tokens, an empty thought another 15."""
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "12"}]]})
+    assert len(drop_long_prompts(rows, chat_tokenizer, 24)) == 1
+    no_thinking = {"enable_thinking": False}
+    with pytest.raises(ValueError, match="max_prompt_length=38 leaves out all 1 rows"):
+        drop_long_prompts(rows, chat_tokenizer, 38, no_thinking)
+    assert len(drop_long_prompts(rows, chat_tokenizer, 39, no_thinking)) == 1
+    (row,) = drop_long_prompts(rows.to_iterable_dataset(), chat_tokenizer, 39, no_thinking)
+    assert row == rows[0]
+    assert list(drop_long_prompts(rows.to_iterable_dataset(), chat_tokenizer, 38, no_thinking)) == []

@@ -23,9 +23,9 @@ from trl import TrlParser
 
 from trl_entropy.commands.checkpoints import Checkpoint, find_checkpoint, load_tokenizer
 from trl_entropy.commands.engines import Engine, Sampling, TransformersEngine, VLLMEngine
-from trl_entropy.commands.suites import Suite, grade, load_suites
+from trl_entropy.commands.suites import RewardError, Suite, grade, load_suites
 from trl_entropy.tasks.benchmarks import BENCHMARKS
-from trl_entropy.tasks.templates import TEMPLATES, add_instruction, render, template_of
+from trl_entropy.tasks.templates import TEMPLATES, add_instruction, paragraphs, render, reply, template_of
 from trl_entropy.telemetry.results import compare, summarise, table
 from trl_entropy.telemetry.samples import Sample, SampleFile
 
@@ -157,7 +157,8 @@ def parse(argv: list[str] | None = None) -> EvaluateArguments:
     except yaml.YAMLError as error:
         raise ValueError(f"The --config file is not valid YAML: {error}") from error
     if unknown:
-        raise ValueError(f"Unknown field {unknown[0]!r}. `trl-entropy eval --help` lists the fields.")
+        hint = " eval grades by functions alone: name them as reward_funcs." if "reward_model" in unknown[0] else ""
+        raise ValueError(f"Unknown field {unknown[0]!r}. `trl-entropy eval --help` lists the fields.{hint}")
     return arguments
 
 
@@ -178,10 +179,13 @@ class Cell:
     def __init__(self, arguments: EvaluateArguments, suite: Suite, checkpoint: Checkpoint, tokenizer: Any) -> None:
         self.suite, self.tokenizer, self.n, self.seed = suite, tokenizer, arguments.n, arguments.seed
         prompts = list(suite.problems["prompt"])
+        self.in_chat = not isinstance(prompts[0], str)
         template = template_of(tokenizer) if arguments.template == "auto" else arguments.template
         template = template if suite.is_bare else "none"
         if template != "none":
             prompts = [add_instruction(prompt, template) for prompt in prompts]
+        if not tokenizer.chat_template:
+            prompts = [prompt if isinstance(prompt, str) else paragraphs(prompt) for prompt in prompts]
         assert not isinstance(arguments.chat_template_kwargs, str)
         token_ids = [render(tokenizer, prompt, arguments.chat_template_kwargs) for prompt in prompts]
         self.prompts = token_ids[: arguments.limit]
@@ -201,7 +205,7 @@ class Cell:
             "weights": checkpoint.fingerprint,
             "prompts": _digest(token_ids),
             "columns": _digest(suite.problems.remove_columns("prompt").to_list()),
-            "reward_funcs": [func.__name__ for func in suite.reward_funcs],
+            "reward_funcs": list(suite.reward_names),
         }
         path = Path(arguments.output_dir, "samples", _file_name(checkpoint.name), f"{_file_name(suite.name)}.jsonl")
         self.file = SampleFile(path, settings)
@@ -225,7 +229,11 @@ class Cell:
         completions = engine.generate([self.prompts[problem] for problem in problems], seeds)
         token_ids = [completion.token_ids for completion in completions]
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in token_ids]
-        rewards = grade(self.suite, problems, texts, token_ids)
+        replies: list[str | dict[str, Any]] = list(texts)
+        if self.in_chat:
+            prompts = [self.prompts[problem] for problem in problems]
+            replies = [reply(self.tokenizer, *ids) for ids in zip(prompts, token_ids, strict=True)]
+        rewards = grade(self.suite, problems, replies, token_ids)
         return [
             Sample(*pair, reward, len(completion.token_ids), completion.truncated, text)
             for pair, completion, text, reward in zip(pairs, completions, texts, rewards, strict=True)
@@ -267,7 +275,10 @@ def evaluate(arguments: EvaluateArguments, prepared: list[tuple[Checkpoint, list
         _complete(arguments, checkpoint, cells)
         for cell in cells:
             by_model = results.setdefault(cell.suite.name, {})
-            result = summarise(cell.samples(), list(arguments.k or ()), arguments.seed)
+            try:
+                result = summarise(cell.samples(), list(arguments.k or ()), arguments.seed)
+            except ValueError as error:
+                raise RewardError(f"{cell.suite.name}: {error}") from error
             if by_model:
                 result["difference"] = compare(result, next(iter(by_model.values())), arguments.seed)
             by_model[checkpoint.name] = result
@@ -284,14 +295,18 @@ def main(argv: list[str] | None = None) -> None:
         argv: The command line without the command's name; `None` for `sys.argv[1:]`.
 
     Raises:
-        SystemExit: With a one-line message if the arguments are wrong.
+        SystemExit: With a one-line message if the arguments are wrong, or what a reward function returns is.
     """
     try:
         arguments = parse(argv)
         prepared = prepare(arguments)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"trl-entropy eval: error: {error}") from error
-    print(table(evaluate(arguments, prepared)["results"]))
+    try:
+        results = evaluate(arguments, prepared)["results"]
+    except RewardError as error:
+        raise SystemExit(f"trl-entropy eval: error: {error}") from error
+    print(table(results))
     print(f"Means over problems in per cent, with 95 % intervals. Written to {arguments.output_dir}.")
 
 

@@ -6,6 +6,7 @@ trained on the other way round.
 
 import random
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -48,9 +49,10 @@ def load(split: str, size: int | None = None) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def exact_answer_reward(completions: list[str], answer: list[str], **columns: object) -> list[float | None]:
-    """1 if the completion is the answer, character for character, else 0: spaces, signs and leading zeros count."""
-    return [float(completion == expected) for completion, expected in zip(completions, answer, strict=True)]
+def exact_answer_reward(completions: list[Any], answer: list[str], **columns: object) -> list[float | None]:
+    """1 if the completion, text or chat, is the answer, character for character, else 0: spaces and signs count."""
+    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+    return [float(text == expected) for text, expected in zip(texts, answer, strict=True)]
 
 
 def build_policy(output_dir: str, seed: int) -> str:

@@ -92,7 +92,8 @@ class EpisodeText:
         if ids[:end] != before[:end]:
             raise ValueError(
                 "The chat template writes a turn differently once another follows, so turns cannot be appended token "
-                "by token. Set chat_template_path to a template that leaves earlier turns alone."
+                "by token. Set the tokenizer's chat_template to one that leaves earlier turns alone, and save it with "
+                "save_pretrained in the folder that model_name_or_path names."
             )
         return ids[end:] if after_eos else ids[end - len(ends[-1:]) :]
 

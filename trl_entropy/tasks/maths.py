@@ -13,7 +13,7 @@ from trl.rewards import accuracy_reward
 
 from trl_entropy.tasks import Task
 from trl_entropy.tasks.sources import load_source, select_split
-from trl_entropy.tasks.templates import add_instruction, check_template
+from trl_entropy.tasks.templates import Messages, add_instruction, check_template, text_of
 
 DEFAULT_SOURCE = "Kwai-Klear/KlearReasoner-MathSub-30K"
 PROMPT_COLUMNS = ("prompt", "problem", "question")
@@ -106,18 +106,24 @@ def _first_column(rows: Dataset, names: tuple[str, ...], source: str, what: str)
     )
 
 
-def _messages(prompt: Any, where: str) -> list[dict[str, str]]:
-    if isinstance(prompt, str) and prompt.strip():
-        return [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return [{"role": message["role"], "content": message["content"]} for message in prompt]
+def _messages(prompt: Any, where: str) -> Messages:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if isinstance(messages, list) and all(map(_is_message, messages)) and any(text_of(m).strip() for m in messages):
+        return [{**message, "content": text_of(message)} for message in messages]
     raise ValueError(
-        f"{where}: {prompt!r} is not a prompt. Use text, or a list of messages, each with a 'role' and a 'content'."
+        f"{where}: {prompt!r} is not a prompt. Use text, or a list of messages, each with a 'role' and a 'content' of "
+        "text."
     )
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+    """Whether it has a role and text: as it is, in parts, or none beside calls of tools."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+        return False
+    content = message["content"]
+    if isinstance(content, list):
+        return all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content)
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
 
 
 def _answer(answer: Any, where: str) -> str:

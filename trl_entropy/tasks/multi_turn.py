@@ -17,6 +17,9 @@ import torch
 from trl_entropy.tasks.environments import Environment, EnvironmentPool, Step
 from trl_entropy.tasks.episodes import Episode, EpisodeText, Prompt, episode_name
 
+EPISODE_COLUMNS = ("episode_return", "success", "episode_turns")
+"""What a rollout of episodes gives to the reward functions beside the dataset's columns."""
+
 
 class MultiTurnRollout:
     """`rollout_func` for [`EntropyGRPOTrainer`] and `trl.GRPOTrainer` that plays episodes in an environment.

@@ -13,6 +13,8 @@ from datasets import (
     load_from_disk,
 )
 
+from trl_entropy.tasks.templates import render
+
 Rows: TypeAlias = Dataset | IterableDataset
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -92,8 +94,10 @@ def select_split(
     return splits[split]
 
 
-def drop_long_prompts(dataset: Rows, tokenizer: Any, max_prompt_length: int) -> Rows:
-    """The rows whose prompt has at most `max_prompt_length` tokens, chat template included.
+def drop_long_prompts(
+    dataset: Rows, tokenizer: Any, max_prompt_length: int, chat_template_kwargs: dict[str, Any] | None = None
+) -> Rows:
+    """The rows whose prompt has at most `max_prompt_length` tokens, as the trainer renders it.
 
     TRL's `GRPOTrainer` neither drops nor truncates long prompts. A warning says how many rows are left out.
 
@@ -101,17 +105,14 @@ def drop_long_prompts(dataset: Rows, tokenizer: Any, max_prompt_length: int) -> 
         dataset: Column `prompt` holds text or chat messages.
         tokenizer: The policy's.
         max_prompt_length: Tokens, at least 1.
+        chat_template_kwargs: The trainer's.
 
     Raises:
-        ValueError: If no row is left.
+        ValueError: If no row is left, or as `trl_entropy.tasks.templates.render`.
     """
 
     def is_short(row: dict[str, Any]) -> bool:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            return len(tokenizer(prompt)["input_ids"]) <= max_prompt_length
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= max_prompt_length
+        return len(render(tokenizer, row["prompt"], chat_template_kwargs)) <= max_prompt_length
 
     kept = dataset.filter(is_short)
     if isinstance(dataset, IterableDataset):
