@@ -36,6 +36,10 @@ def first_character_reward(completions: list[str], **kwargs: object) -> list[flo
     return [float(ord(text[0]) % 2) if text else 0.0 for text in completions]
 
 
+def write_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    Path(name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
 WriteRecipe = Callable[..., list[str]]
 
 
@@ -44,7 +48,13 @@ def recipe(tmp_path: Path, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
     """Writes a recipe and its rows: `recipe(**fields)` returns `["--config", PATH]`; `None` takes a field out."""
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i}+{7 * i % 10}="[: 1 + i % 4], "note": i} for i in range(16)]
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_rows("rows.jsonl", rows)
+    chat = [{"prompt": [{"role": "user", "content": text}], "solution": "2"} for text in ["1+1?"] * 16 + ["1+1+1?"]]
+    write_rows("chat.jsonl", chat)
+    write_rows("solved.jsonl", [{"prompt": "1+1=", "solution": "2"}] * 16)
+    write_rows("empty.jsonl", [{"prompt": "1+1=" * (i != 9)} for i in range(16)])
+    Path("adapter").mkdir()
+    Path("adapter", "adapter_config.json").write_text("{}", encoding="utf-8")
 
     def write(**overrides: Any) -> list[str]:
         fields = {**FIELDS, "model_name_or_path": tiny_model_path, "output_dir": "run", **overrides}

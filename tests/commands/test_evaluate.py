@@ -14,12 +14,15 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 import trl_entropy
+from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.commands import evaluate as command
+from trl_entropy.commands import train
 from trl_entropy.commands.engines import TransformersEngine
 from trl_entropy.commands.evaluate import EvaluateArguments, main, parse
 
 NUM_PROBLEMS = 6
 REWARD = """
+import functools
 import os
 import time
 
@@ -30,6 +33,21 @@ def odd(completions, **columns):
 
 def even(completions, **columns):
     return [1 - reward for reward in odd(completions)]
+
+async def unsure(completions, **columns):
+    return [float("nan") if i % 2 else reward for i, reward in enumerate(odd(completions))]
+
+def never(completions, **columns):
+    return [None] * len(completions)
+
+def short(completions, **columns):
+    return odd(completions)[1:]
+
+class Odd:
+    async def __call__(self, completions, **columns):
+        return iter(odd(completions))
+
+judge, lenient, strict = Odd(), functools.partial(odd, bias=0), functools.partial(odd, bias=1)
 """
 SETTINGS = ["--dataset_file", "rows.jsonl", "--reward_funcs", "odd_reward.odd", "--backend", "transformers"]
 SETTINGS += ["--temperature", "1.0", "--max_new_tokens", "20", "--n", "4", "--template", "none"]
@@ -269,3 +287,95 @@ def test_unknown_fields_are_one_line(workplace: Path) -> None:
         run("--temprature", "1")
     with pytest.raises(SystemExit, match=r"^trl-entropy eval: error: .*none\.yaml"):
         main(["--config", "none.yaml"])
+
+
+def test_prompts_are_those_of_the_training(
+    workplace: Path, chat_model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same task, model and arguments of the chat template: the same tokens reach the model."""
+    opened = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "Let me see:"}]
+    tools = [{"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}, {"role": "tool", "content": "2"}]
+    prompts = ["1+2?", opened, [*opened[:1], *tools], [{"role": "system", "content": "1+1?"}]]
+    prompts += [[{"role": "user", "content": [{"type": "text", "text": "parts"}]}]]
+    rows = [{"prompt": p if isinstance(p, list) else [{"role": "user", "content": p}], "answer": "2"} for p in prompts]
+    Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given: dict[str, list[list[int]]] = {"train": [], "eval": []}
+
+    def stop(self: Any, prompt_ids: Any, *arguments: Any, **options: Any) -> None:
+        given["train"].extend(map(list, prompt_ids))
+        raise InterruptedError
+
+    def spy(self: TransformersEngine, prompt_ids: Any, seeds: Any) -> Any:
+        given["eval"].extend(prompt_ids)
+        return generate(self, prompt_ids, seeds)
+
+    generate = TransformersEngine.generate
+    monkeypatch.setattr(EntropyGRPOTrainer, "_generate_single_turn", stop)
+    monkeypatch.setattr(TransformersEngine, "generate", spy)
+    task = ["--task", "maths", "--task_args", '{"source": "chat.jsonl", "template": "qwen3"}']
+    task += ["--reward_funcs", "odd_reward.odd", "--chat_template_kwargs", '{"enable_thinking": false}']
+    sizes = ["--per_device_train_batch_size", "10", "--num_generations", "2", "--gradient_accumulation_steps", "1"]
+    on_cpu = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    with pytest.raises(InterruptedError):
+        train.main(["--model_name_or_path", chat_model_path, "--output_dir", "run", *task, *sizes, *on_cpu])
+    settings = ["--n", "2", "--max_new_tokens", "2", "--backend", "transformers", "--split", "train"]
+    main(["--model", chat_model_path, "--output_dir", "out", *task, *settings])
+    assert len(given["train"]) == len(given["eval"]) == 10
+    assert sorted(given["train"]) == sorted(given["eval"])
+
+
+def test_asynchronous_rewards_and_samples_that_are_not_scored(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run("--reward_funcs", "odd_reward.unsure", "--batch_size", "4")["rows"]["m"]
+    scored = {key: record["reward"] for key, record in samples().items() if record["reward"] is not None}
+    assert set(scored) == {(problem, i) for problem in range(NUM_PROBLEMS) for i in (0, 2)}
+    correct = [sum(scored[problem, i] for i in (0, 2)) for problem in range(NUM_PROBLEMS)]
+    assert (results["correct"], results["scored"]) == (correct, [2] * NUM_PROBLEMS)
+    assert results["avg"]["value"] == pytest.approx(sum(correct) / (2 * NUM_PROBLEMS))
+    assert results["pass"]["4"] is None
+    assert "6 of 6, 12 samples not scored" in capsys.readouterr().out
+    assert run("--reward_funcs", "odd_reward.judge", out="object") == run(out="plain")
+
+
+def test_partials_of_one_function_are_two_rewards(workplace: Path) -> None:
+    few = ["--n", "1", "--limit", "1"]
+    run(*few, "--reward_funcs", "odd_reward.lenient")
+    with pytest.raises(SystemExit, match=r"reward_funcs=\['lenient'\], not \['strict'\]"):
+        run(*few, "--reward_funcs", "odd_reward.strict")
+
+
+def test_rewards_that_are_no_use_are_one_line(workplace: Path) -> None:
+    few = ["--n", "2", "--limit", "2", "--k", "1"]
+    with pytest.raises(
+        SystemExit, match=r"^trl-entropy eval: error: The reward function 'short' returned 3 rewards for 4"
+    ):
+        run(*few, "--reward_funcs", "odd_reward.short", out="short")
+    with pytest.raises(SystemExit, match=r"^trl-entropy eval: error: rows: The rewards could grade none"):
+        run(*few, "--reward_funcs", "odd_reward.never", out="never")
+    with pytest.raises(
+        SystemExit, match=r"reward_funcs='org/judge' is no function\..*eval` grades by functions alone"
+    ):
+        run(*few, "--reward_funcs", "org/judge")
+    with pytest.raises(
+        SystemExit, match=r"Unknown field '--reward_model_name_or_path'.* eval grades by functions alone"
+    ):
+        run(*few, "--reward_model_name_or_path", "org/judge")
+
+
+def test_an_adapters_base_that_is_not_here_is_one_line(
+    workplace: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = get_peft_model(tiny_model, LoraConfig(r=4, target_modules=["q_proj"]))
+    adapter.peft_config["default"].base_model_name_or_path = "./m"
+    adapter.save_pretrained("lora")
+    (workplace / "elsewhere").mkdir()
+    shutil.copy("rows.jsonl", "elsewhere")
+    monkeypatch.chdir(workplace / "elsewhere")
+    with pytest.raises(SystemExit) as stopped:
+        run(model="../lora")
+    message = "model='../lora' is an adapter on the base model './m', which is not found from"
+    assert str(stopped.value).startswith(
+        f"trl-entropy eval: error: {message} {workplace / 'elsewhere'}. A relative path"
+    )
+    assert f"It may be {workplace / 'm'}." in str(stopped.value)

@@ -10,18 +10,19 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from peft import LoraConfig
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_entropy.commands.train_arguments import TrainArguments, parse
-from trl_entropy.commands.train_rows import check_columns, check_number_of_rows, row_loader
+from trl_entropy.commands.train_models import check_models, check_reward_model, load_tokenizer
+from trl_entropy.commands.train_rows import check_number_of_rows, check_prompts, check_rewards, row_loader
 from trl_entropy.tasks import Task, get_task
 from trl_entropy.tasks.rewards import load_reward_func, require_math_verify
 from trl_entropy.tasks.sources import Rows, drop_long_prompts
@@ -79,10 +80,13 @@ def prepare(argv: list[str] | None = None) -> Run:
     eval_dataset = load("test") if config.eval_strategy != "no" else None
     for dataset in (train_dataset, eval_dataset):
         if dataset is not None:
-            check_columns(dataset, reward_funcs)
+            check_rewards(dataset, reward_funcs, config, task)
     require_math_verify(reward_funcs)
     check_number_of_rows(train_dataset, config)
-    return Run(script, config, model, task, train_dataset, eval_dataset, reward_funcs, checkpoint)
+    check_models(script, model, config)
+    check_reward_model(script, model, config, next(iter(train_dataset))["prompt"])
+    run = Run(script, config, model, task, train_dataset, eval_dataset, reward_funcs, checkpoint)
+    return _with_checked_prompts(run, model.model_name_or_path) if model.model_name_or_path else run
 
 
 def train(run: Run) -> None:
@@ -93,6 +97,7 @@ def train(run: Run) -> None:
         assert run.task is not None
         assert run.task.build_policy is not None
         policy = _built_policy(run, run.task.build_policy)
+        run = _with_checked_prompts(run, policy)
     config.model_init_kwargs = {
         "revision": run.model.model_revision,
         "trust_remote_code": config.trust_remote_code,
@@ -100,11 +105,9 @@ def train(run: Run) -> None:
         "dtype": run.model.dtype,
         **(config.model_init_kwargs or {}),
     }
-    train_dataset = _short_enough(run.train_dataset, run, policy)
-    check_number_of_rows(train_dataset, config)
     set_seed(config.seed)  # TRL 1.12 makes LoRA's weights before it seeds
     with _rollout(run) as rollout_func:
-        trainer = _trainer(run, policy, train_dataset, rollout_func)
+        trainer = _trainer(run, policy, rollout_func)
         trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model(config.output_dir)
     trainer.save_state()
@@ -115,16 +118,14 @@ def train(run: Run) -> None:
         _write_report(config.output_dir)
 
 
-def _trainer(
-    run: Run, policy: str, train_dataset: Rows | None, rollout_func: Callable[..., Any] | None
-) -> EntropyGRPOTrainer:
+def _trainer(run: Run, policy: str, rollout_func: Callable[..., Any] | None) -> EntropyGRPOTrainer:
     """The trainer that the recipe asks for: AsyPPO where it names critics."""
     arguments: dict[str, Any] = {
         "model": policy,
         "reward_funcs": run.reward_funcs,
         "args": run.config,
-        "train_dataset": train_dataset,
-        "eval_dataset": _short_enough(run.eval_dataset, run, policy),
+        "train_dataset": run.train_dataset,
+        "eval_dataset": run.eval_dataset,
         "quantization_config": get_quantization_config(run.model),
         "peft_config": get_peft_config(run.model),
         "rollout_func": rollout_func,
@@ -225,14 +226,18 @@ def _write_report(output_dir: str) -> None:
         logger.warning("No report: %s", error)
 
 
-def _short_enough(dataset: Rows | None, run: Run, policy: str) -> Rows | None:
-    limit = run.script.max_prompt_length
-    if dataset is None or limit is None:
-        return dataset
-    tokenizer = AutoTokenizer.from_pretrained(
-        policy, revision=run.model.model_revision, trust_remote_code=run.config.trust_remote_code
-    )
-    return drop_long_prompts(dataset, tokenizer, limit)
+def _with_checked_prompts(run: Run, policy: str) -> Run:
+    """The run with those of its rows whose prompts are short enough, now that there is a tokenizer to measure them."""
+    tokenizer, sees_images = load_tokenizer(policy, run.model, run.config)
+    limit, arguments = run.script.max_prompt_length, run.config.chat_template_kwargs
+    datasets = {"train_dataset": run.train_dataset, "eval_dataset": run.eval_dataset}
+    for name, dataset in datasets.items():
+        if dataset is not None and not sees_images:
+            check_prompts(dataset, tokenizer, run.config, run.task)
+        if dataset is not None and limit is not None:
+            datasets[name] = drop_long_prompts(dataset, tokenizer, limit, arguments)
+    check_number_of_rows(datasets["train_dataset"], run.config)
+    return replace(run, **datasets)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ import inspect
 from collections.abc import Callable, Sized
 from typing import Any
 
+from datasets import Dataset
 from trl import DatasetMixtureConfig, get_dataset
 
 from trl_entropy.commands.train_arguments import TrainArguments
 from trl_entropy.tasks import Task
-from trl_entropy.tasks.rewards import check_reward_columns
+from trl_entropy.tasks.multi_turn import EPISODE_COLUMNS
+from trl_entropy.tasks.rewards import check_reward_columns, check_reward_prompts
 from trl_entropy.tasks.sources import Rows, load_source, select_split
+from trl_entropy.tasks.templates import check_prompt, render
 from trl_entropy.trainers import EntropyGRPOConfig
 
 
@@ -52,21 +55,60 @@ def _task_arguments(script: TrainArguments, task: Task) -> dict[str, Any]:
     return arguments
 
 
-def check_columns(dataset: Rows, reward_funcs: list[Callable[..., Any] | str]) -> None:
-    """Refuse rows without a prompt, or without a column that a reward reads.
+def check_rewards(
+    dataset: Rows, reward_funcs: list[Callable[..., Any] | str], config: EntropyGRPOConfig, task: Task | None
+) -> None:
+    """Refuse rows without a prompt, and rewards that do not fit the rows. Of a stream, the first row is looked at.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If there is no row, a column is missing or not taken, or a reward cannot read such prompts.
     """
-    columns = dataset.column_names
-    if columns is None:  # a stream whose columns are not known before it is read
-        return
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("The dataset has no rows. Correct its name or its split.")
+    columns = list(first)
     if "prompt" not in columns:
         raise ValueError(
             f"The dataset has no column 'prompt', only {', '.join(columns)}. Rename the column that holds the text or "
             "chat messages to complete."
         )
-    check_reward_columns(reward_funcs, columns)
+    hint = ""
+    if config.remove_unused_columns:
+        columns = [name for name in columns if name in ("prompt", "image", "images")]
+        hint = " remove_unused_columns=True takes the others away."
+    try:
+        check_reward_columns(reward_funcs, columns, EPISODE_COLUMNS if _in_episodes(task) else ())
+    except ValueError as error:
+        raise ValueError(f"{error}{hint}") from error
+    check_reward_prompts(reward_funcs, first["prompt"])
+
+
+def check_prompts(dataset: Rows, tokenizer: Any, config: EntropyGRPOConfig, task: Task | None) -> None:
+    """Refuse prompts that the trainer cannot render: the first one stands for all but those that are empty.
+
+    Args:
+        dataset: Of a stream, the first row alone is looked at.
+        tokenizer: The policy's.
+        config: The trainer's.
+        task: Where the rows are from, if from a task. Of episodes the environment writes the prompts.
+
+    Raises:
+        ValueError: Says which row, and what to change.
+    """
+    prompts = dataset["prompt"] if isinstance(dataset, Dataset) else [next(iter(dataset))["prompt"]]
+    for number, prompt in enumerate(prompts):
+        if number == 0 or not prompt:
+            try:
+                if _in_episodes(task):
+                    check_prompt(tokenizer, prompt)
+                else:
+                    render(tokenizer, prompt, config.chat_template_kwargs)
+            except ValueError as error:
+                raise ValueError(f"Row {number} of the dataset: {error}") from error
+
+
+def _in_episodes(task: Task | None) -> bool:
+    return task is not None and task.build_rollout is not None
 
 
 def check_number_of_rows(dataset: Rows, config: EntropyGRPOConfig) -> None:
