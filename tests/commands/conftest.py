@@ -53,6 +53,9 @@ def recipe(tmp_path: Path, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
     write_rows("chat.jsonl", chat)
     write_rows("solved.jsonl", [{"prompt": "1+1=", "solution": "2"}] * 16)
     write_rows("empty.jsonl", [{"prompt": "1+1=" * (i != 9)} for i in range(16)])
+    write_rows("gap.jsonl", [{"prompt": "1+1=" if i != 7 else None} for i in range(16)])
+    write_rows("hole.jsonl", [{"prompt": chat[i]["prompt"] if i != 5 else []} for i in range(16)])
+    write_rows("numbers.jsonl", [{"prompt": 12}] * 16)
     Path("adapter").mkdir()
     Path("adapter", "adapter_config.json").write_text("{}", encoding="utf-8")
 

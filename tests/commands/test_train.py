@@ -177,6 +177,9 @@ class Judge:
         return [float(number) for number in note]
 
 
+async def waits(**kwargs: object) -> None: ...
+
+
 partly, judge = partial(base, scale=2.0), Judge()
 
 
@@ -234,6 +237,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "remove_unused_columns=True takes the others away.",
     ),
     "an empty prompt": ({"dataset_name": "empty.jsonl"}, [], "Row 9 of the dataset: The prompt '' has no tokens"),
+    "a row without a prompt": ({"dataset_name": "gap.jsonl"}, [], "Row 7 of the dataset: None is not a prompt"),
+    "no messages": (
+        {"dataset_name": "hole.jsonl"},
+        ["--model_name_or_path", "CHAT"],
+        "Row 5 of the dataset: [] is not a prompt",
+    ),
+    "numbers for prompts": ({"dataset_name": "numbers.jsonl"}, [], "Row 0 of the dataset: 12 is not a prompt"),
     "arguments of another template": (
         {"dataset_name": "chat.jsonl", "chat_template_kwargs": {"continue_final_message": True}},
         ["--model_name_or_path", "CHAT"],
@@ -303,6 +313,15 @@ def test_what_training_takes_is_not_refused(recipe: WriteRecipe) -> None:
     assert rewards == {"takes_all", "base", "Judge"} if len(mine) == 3 else {"takes_all", "base"}
     # without its columns, a reward that reads none of them goes on
     train.main([*recipe(reward_funcs=["tests.commands.test_train.takes_no_columns"], max_steps=1), *STRIPPED])
+
+
+@pytest.mark.usefixtures("no_model")
+def test_objects_that_an_older_trl_does_not_await(recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("trl.trainer.utils.is_async_callable", raising=False)
+    argv = recipe(reward_funcs=["tests.commands.test_train.judge"])
+    with pytest.raises(SystemExit, match=r"'Judge' is an object with an asynchronous __call__, which TRL .* Name an"):
+        train.main(argv)
+    train.prepare(recipe(reward_funcs=["tests.commands.test_train.partly", "tests.commands.test_train.waits"]))
 
 
 def test_chat_is_trained_on(recipe: WriteRecipe, chat_model_path: str, caplog: pytest.LogCaptureFixture) -> None:

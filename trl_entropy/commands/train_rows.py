@@ -1,9 +1,12 @@
 """The rows that `trl-entropy train` trains and evaluates on: where they come from, and whether they fit the run."""
 
 import inspect
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
+from functools import partial
 from typing import Any
 
+import pyarrow.compute as pc
+import trl.trainer.utils
 from datasets import Dataset
 from trl import DatasetMixtureConfig, get_dataset
 
@@ -61,8 +64,10 @@ def check_rewards(
     """Refuse rows without a prompt, and rewards that do not fit the rows. Of a stream, the first row is looked at.
 
     Raises:
-        ValueError: If there is no row, a column is missing or not taken, or a reward cannot read such prompts.
+        ValueError: If there is no row, a column is missing or not taken, a reward cannot read such prompts, or TRL
+            would not await it.
     """
+    _check_awaited(reward_funcs)
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("The dataset has no rows. Correct its name or its split.")
@@ -83,6 +88,20 @@ def check_rewards(
     check_reward_prompts(reward_funcs, first["prompt"])
 
 
+def _check_awaited(reward_funcs: list[Callable[..., Any] | str]) -> None:
+    """Before 1.14, TRL awaits asynchronous functions and their partials, but no objects."""
+    if hasattr(trl.trainer.utils, "is_async_callable"):
+        return
+    for func in reward_funcs:
+        while isinstance(func, partial):
+            func = func.func
+        if inspect.iscoroutinefunction(type(func).__call__):
+            raise ValueError(
+                f"Reward function {type(func).__name__!r} is an object with an asynchronous __call__, which TRL "
+                f"{trl.__version__} does not await. Name an asynchronous function, or install TRL 1.14 or newer."
+            )
+
+
 def check_prompts(dataset: Rows, tokenizer: Any, config: EntropyGRPOConfig, task: Task | None) -> None:
     """Refuse prompts that the trainer cannot render: the first one stands for all but those that are empty.
 
@@ -95,16 +114,25 @@ def check_prompts(dataset: Rows, tokenizer: Any, config: EntropyGRPOConfig, task
     Raises:
         ValueError: Says which row, and what to change.
     """
-    prompts = dataset["prompt"] if isinstance(dataset, Dataset) else [next(iter(dataset))["prompt"]]
-    for number, prompt in enumerate(prompts):
-        if number == 0 or not prompt:
-            try:
-                if _in_episodes(task):
-                    check_prompt(tokenizer, prompt)
-                else:
-                    render(tokenizer, prompt, config.chat_template_kwargs)
-            except ValueError as error:
-                raise ValueError(f"Row {number} of the dataset: {error}") from error
+    for number, prompt in _telling_prompts(dataset):
+        try:
+            if _in_episodes(task):
+                check_prompt(tokenizer, prompt)
+            else:
+                render(tokenizer, prompt, config.chat_template_kwargs)
+        except ValueError as error:
+            raise ValueError(f"Row {number} of the dataset: {error}") from error
+
+
+def _telling_prompts(dataset: Rows) -> Iterator[tuple[int, Any]]:
+    """The first prompt and, of a dataset that is no stream, those that look empty; with the numbers of their rows."""
+    first = next(iter(dataset))["prompt"]
+    yield 0, first
+    if isinstance(dataset, Dataset):
+        column = dataset.select_columns("prompt").with_format("arrow")[:]["prompt"]  # Python objects would take long
+        lengths = pc.binary_length(column) if isinstance(first, str) else pc.list_value_length(column)
+        empty = pc.equal(pc.fill_null(lengths, 0), 0)
+        yield from ((number, dataset[number]["prompt"]) for number in pc.indices_nonzero(empty).to_pylist())
 
 
 def _in_episodes(task: Task | None) -> bool:
