@@ -149,6 +149,11 @@ def test_a_base_that_is_found_is_taken(elsewhere: Path, model: Path, monkeypatch
 
 
 def test_adapters_without_a_base_or_on_an_adapter(elsewhere: Path, tmp_path: Path) -> None:
+    config = (elsewhere / "adapter_config.json").read_text()
+    (elsewhere / "adapter_config.json").write_text(config[:-1])
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON \(.*\)\. Save the adapter again"):
+        find_checkpoint(str(elsewhere))
+    (elsewhere / "adapter_config.json").write_text(config)
     set_base(elsewhere, None)
     with pytest.raises(ValueError, match="does not say which model it belongs to"):
         find_checkpoint(str(elsewhere))

@@ -126,6 +126,10 @@ def uses_state(completions: list[str], trainer_state: Any, **columns: Any) -> li
     return [float(trainer_state.global_step > -1)] * len(completions)
 
 
+def no_more(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, answer):  # type: ignore
+    return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+
 REWARDS: dict[str, Callable[..., Any]] = {
     "function": scaled,
     "partial": partial(scaled, factor=0.7),
@@ -143,6 +147,7 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "never": never,
     "some": some,
     "state": uses_state,
+    "no more arguments": no_more,
 }
 
 

@@ -32,7 +32,7 @@ def test_chat_is_what_the_template_writes(tiny_tokenizer):
 
 def test_template_that_rewrites_earlier_turns_is_refused(tiny_tokenizer):
     template = CHAT.replace("{{ m.role[0]", "{{ ('l' if loop.last else 'm') + m.role[0]")
-    with pytest.raises(ValueError, match="writes a turn differently once another follows"):
+    with pytest.raises(ValueError, match=r"once another follows, .* Set the tokenizer's chat_template to one that"):
         rollout()([chat_prompt("2")], stub_trainer(tiny_tokenizer, [["a<eos>"]], chat_template=template))
 
 

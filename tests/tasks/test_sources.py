@@ -60,6 +60,12 @@ def test_unknown_file_format(tmp_path: Path) -> None:
         load_source(str(tmp_path / "rows.txt"))
 
 
+def test_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ValueError, match=r"rows\.jsonl' is empty"):
+        load_source(str(tmp_path / "rows.jsonl"))
+
+
 def test_saved_dataset_cannot_be_streamed(tmp_path: Path) -> None:
     WRITERS["saved"](tmp_path / "saved")
     with pytest.raises(ValueError, match="cannot be streamed"):

@@ -93,7 +93,10 @@ def _base_model(folder: Path) -> str:
         checkpoints = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
         hint = f" Name one of its checkpoints: {', '.join(checkpoints)}." if checkpoints else ""
         raise FileNotFoundError(f"model={str(folder)!r} has no config.json and no {ADAPTER_CONFIG}.{hint}")
-    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} is not JSON ({error}). Save the adapter again.") from error
     if not base:
         raise ValueError(
             f"model={str(folder)!r} is an adapter that does not say which model it belongs to. Write that model's "

@@ -23,6 +23,7 @@ def load_tokenizer(policy: str, model: ModelConfig, config: EntropyGRPOConfig) -
     Raises:
         ValueError: If it cannot be loaded.
     """
+    _load(AutoConfig, "model_name_or_path", policy, model, config)  # says sooner that there is no such model
     found = _load(AutoProcessor, "model_name_or_path", policy, model, config)
     return (found, False) if isinstance(found, PreTrainedTokenizerBase) else (found.tokenizer, True)
 

@@ -36,12 +36,14 @@ def load_source(
 
     Raises:
         FileNotFoundError: If `source` looks like a local path and is not there.
-        ValueError: If a local file has an ending that is not read, or a saved dataset is to be streamed.
+        ValueError: If a local file is empty or has an ending that is not read, or a saved dataset is to be streamed.
     """
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise ValueError(f"{source!r} ends in {path.suffix!r}. Use a file that ends in {_endings()}.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{source!r} is empty. Name a file with rows.")
         return load_dataset(FILE_FORMATS[path.suffix], data_files={"train": str(path)}, streaming=streaming)
     if path.is_dir():
         if not _is_saved_dataset(path):
