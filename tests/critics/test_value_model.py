@@ -100,6 +100,25 @@ def test_no_dropout(tmp_path, rollout):
     assert dropouts(AutoModelForTokenClassification.from_pretrained(tmp_path / "critic")) == {0.0}
 
 
+def test_adapter_on_all_linear_layers_leaves_the_value_head_whole(make_critic, tmp_path):
+    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)  # its layers are Conv1D, its head is linear
+    peft_config = LoraConfig(r=2, target_modules="all-linear")
+    llama_like = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    for critic, layers, head in (
+        (make_critic(peft_config=peft_config), llama_like, "score"),
+        (load_critic(str(tmp_path), peft_config=peft_config), {"c_attn", "c_proj", "c_fc"}, "classifier"),
+    ):
+        trained = [name for name, value in critic.named_parameters() if value.requires_grad]
+        adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in trained if ".lora_" in name}
+        assert adapted == layers
+        assert {name.split(f".{head}.")[1] for name in trained if ".lora_" not in name} == {
+            "modules_to_save.default.weight",
+            "modules_to_save.default.bias",
+        }
+    assert peft_config.target_modules == "all-linear"
+
+
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
 def test_values_of_bfloat16_weights_are_float32(make_critic, rollout, peft_config):
     critic = make_critic(dtype=torch.bfloat16, peft_config=peft_config)

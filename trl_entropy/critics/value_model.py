@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
 from transformers.integrations import deepspeed as deepspeed_integration
+from transformers.pytorch_utils import Conv1D
 
 from .processes import without_adapter
 
@@ -194,6 +195,11 @@ def _value_heads(critic: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear) and module not in backbone]
 
 
+def _linear_layers(backbone: nn.Module) -> set[str]:
+    """The last parts of the names of a backbone's linear layers, such as `q_proj`."""
+    return {name.rpartition(".")[2] for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+
+
 def _value_in_float32(head: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Compute the value in float32 from what the backbone gives.
 
@@ -215,6 +221,9 @@ def _with_adapter(critic: nn.Module, peft_config: Any) -> nn.Module:
         )
     config = copy.deepcopy(peft_config)
     config.task_type = TaskType.TOKEN_CLS
+    if getattr(config, "target_modules", None) == "all-linear":
+        # PEFT counts the value head among them, which is trained whole, and cannot do both
+        config.target_modules = _linear_layers(critic.base_model)
     return get_peft_model(critic, config, autocast_adapter_dtype=False)
 
 
