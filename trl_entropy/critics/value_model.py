@@ -195,9 +195,11 @@ def _value_heads(critic: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear) and module not in backbone]
 
 
-def _linear_layers(backbone: nn.Module) -> set[str]:
+def _linear_layers(backbone: Any) -> set[str]:
     """The last parts of the names of a backbone's linear layers, such as `q_proj`."""
-    return {name.rpartition(".")[2] for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+    return {
+        name.rpartition(".")[2] for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear | Conv1D)
+    }
 
 
 def _value_in_float32(head: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
