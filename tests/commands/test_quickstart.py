@@ -141,6 +141,14 @@ def test_arm_of_other_versions_is_not_kept(finished: Path, monkeypatch: pytest.M
     assert quickstart._finished(finished / ARMS[0], result["settings"]) is None
 
 
+def test_asyppo_is_trained_where_it_is_named_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert quickstart._parse([]).arms == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc"]
+    assert quickstart._parse(["--arms", "asyppo"]).arms == ["asyppo"]
+    with pytest.raises(SystemExit):
+        quickstart.main(["--help"])
+    assert "asyppo" in capsys.readouterr().out
+
+
 def test_output_is_a_bar_an_arm_and_a_table(
     small: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

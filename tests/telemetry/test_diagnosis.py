@@ -126,6 +126,18 @@ def test_finding_names_numbers_and_fields() -> None:
     assert str(finding) == f"{finding.seen} {finding.remedy}"
 
 
+@pytest.mark.parametrize(("explained", "remedy"), [(0.01, "a larger critic_"), (-0.1, "a smaller critic_")])
+def test_critics_that_fit_noise_are_told_the_opposite_of_those_that_learn_nothing(
+    explained: float, remedy: str
+) -> None:
+    (finding,) = diagnose(renamed(log_of(**CRITICS | {"asyppo__explained_variance": explained})))
+    assert f"explain {explained:.1%}" in finding.seen
+    assert [text in finding.remedy for text in ("a larger critic_", "a smaller critic_")] == [
+        remedy == "a larger critic_",
+        remedy == "a smaller critic_",
+    ]
+
+
 def test_values_that_are_no_numbers_are_passed_over() -> None:
     log = renamed(log_of(**FAULTS["entropy_collapse"][0]))
     hostile: list[Any] = [math.nan, math.inf, None, "0.5", [1]]

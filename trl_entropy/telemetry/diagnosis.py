@@ -35,6 +35,8 @@ GRADIENT_GROWTH = 2.0
 """Gradient norm above twice its start; healthy runs stay in one band."""
 USELESS_VARIANCE = 0.05
 """A critic that explains less than 5 % of the variance of the returns gives the advantages of a constant baseline."""
+NOISY_VARIANCE = -0.02
+"""A constant explains 0; values that are worse than a constant were learnt from noise."""
 MOSTLY_EQUAL_GROUPS = 0.5
 """Above a half, most of the rollout has advantage 0 and is generated for nothing."""
 
@@ -224,13 +226,22 @@ def ce_gppo_runaway(log_history: LogHistory) -> Finding | None:
 def critic_explains_nothing(log_history: LogHistory) -> Finding | None:
     """The critics explain less than `USELESS_VARIANCE` of the variance of the returns."""
     explained = _enough(log_history, "asyppo/explained_variance")
-    if not explained or _ends(explained)[1] >= USELESS_VARIANCE:
+    share = _ends(explained)[1] if explained else math.nan
+    if not share < USELESS_VARIANCE:
         return None
+    remedy = (
+        "They fit noise: try a smaller critic_learning_rate, critic_num_epochs=1 or more completions per rollout, and "
+        "bootstrap_truncated=False where a truncated completion has failed."
+        if share < NOISY_VARIANCE
+        else "If the share still rises, try critic_warmup_rollouts or a larger critic_learning_rate. If not, these "
+        "critics cannot tell from a state how its completion ends: take critics that know the task better, or the "
+        "group's advantages (EntropyGRPOTrainer)."
+    )
     return Finding(
         "critic_explains_nothing",
-        f"The critics explain {_ends(explained)[1]:.1%} of the variance of the returns: the advantages are those of a "
-        "constant baseline or worse.",
-        "Try a larger critic_learning_rate, critic_num_epochs above 1, or critic_warmup_rollouts.",
+        f"The critics explain {share:.1%} of the variance of the returns: the advantages are those of a constant "
+        "baseline or worse.",
+        remedy,
     )
 
 
