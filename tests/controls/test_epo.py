@@ -162,3 +162,31 @@ def test_history_survives_saving_with_a_step_under_way(tmp_path):
     assert resumed.steps == whole.steps
     assert resumed.turn_steps == whole.turn_steps
     assert len(whole) == 2
+
+
+def test_counts_do_not_end_in_bfloat16():
+    # 1,000 tokens of one turn; counted in bfloat16 they are 256
+    mask = torch.ones(1, 1000, dtype=torch.bool)
+    weights = trajectory_weights(mask, turn_indices(mask), torch.bfloat16)
+    assert weights.dtype == torch.bfloat16
+    assert weights[0, 0].item() == pytest.approx(1e-3, rel=4e-3)
+
+
+@pytest.mark.parametrize("form", ["hinge", "indicator"])
+def test_bfloat16_entropies_give_the_loss_of_the_same_numbers_in_float32(form):
+    generator = torch.Generator().manual_seed(0)
+    entropies = torch.rand(3, 1500, generator=generator).bfloat16().requires_grad_()
+    mask = torch.rand(3, 1500, generator=generator) < 0.9
+    history = EntropyHistory()
+    history.load_state_dict({"steps": [0.3457], "turn_steps": [[0.3457]], "running": None})
+    wide = entropies.detach().double().requires_grad_()
+    losses = [
+        epo(values, mask, history.mean("scalar", like=wide.detach()), **SETTINGS | {"form": form})[0]
+        for values in (entropies, wide)
+    ]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(entropies.grad.double(), wide.grad, rtol=1e-2, atol=1e-9)
+    history._means = {}
+    assert history.mean("scalar", like=entropies.detach()).item() == pytest.approx(0.3457, rel=1e-6)

@@ -50,3 +50,14 @@ def test_bound_at_sequence_level_shifts_every_token_alike():
     # the mean is 70: both old log-probs move up by 30
     assert bounded.tolist() == [[30.0, 30.0]]
     assert log_importance_weight(logps, bounded, mask, "sequence").item() == 40.0
+
+
+def test_sequence_weight_of_many_tokens_in_bfloat16():
+    # the mean of 1,001 times -0.5 and 1,000 times 0.5: 1/4002 below 0, and in bfloat16 the count would be 2,000
+    log_ratio = torch.tensor([[-0.5, 0.5] * 1000 + [-0.5]], dtype=torch.bfloat16)
+    mask = torch.ones(1, 2001, dtype=torch.bool)
+    found = log_importance_weight(log_ratio, torch.zeros_like(log_ratio), mask, "sequence")
+    assert found.dtype == torch.bfloat16
+    assert found.item() == pytest.approx(-0.5 / 2001, rel=4e-3)
+    heavy = torch.full_like(log_ratio, 0.1)
+    assert log_importance_weight(heavy, torch.zeros_like(heavy), mask, "sequence").item() == heavy[0, 0].item()

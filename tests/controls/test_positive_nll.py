@@ -24,3 +24,10 @@ def test_infinite_log_prob_of_a_wrong_completion_does_not_matter():
     loss.backward()
     assert loss.item() == 1.0
     assert logps.grad.tolist() == [[-1.0], [0.0]]
+
+
+def test_sum_of_many_log_probs_in_bfloat16():
+    # 1,001 times 0.5 is 500.5; the nearest bfloat16 is 500
+    logps = torch.full((1, 1001), -0.5, dtype=torch.bfloat16)
+    loss, _ = positive_nll(logps, torch.ones(1, 1001, dtype=torch.bool), torch.tensor([True]), 1.0)
+    assert loss.item() == 500.5

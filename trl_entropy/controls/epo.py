@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tokens import TokenMean
+from .tokens import TokenMean, in_float32
 
 
 def turn_indices(mask: Tensor) -> Tensor:
@@ -34,10 +34,10 @@ def trajectory_weights(mask: Tensor, turns: Tensor, dtype: torch.dtype) -> Tenso
     Returns:
         `1 / (turns of the trajectory x tokens of the turn)`, 0 where `mask` is False, `(B, T)`.
     """
-    index, ones = turns.clamp(min=0), mask.to(dtype)
+    index, ones = turns.clamp(min=0), mask.long()
     turn_lengths = torch.zeros_like(ones).scatter_add_(1, index, ones)
     num_turns = (turn_lengths > 0).sum(1, keepdim=True)
-    return ones / (turn_lengths.gather(1, index) * num_turns).clamp(min=1.0)
+    return mask.to(dtype) / (turn_lengths.gather(1, index) * num_turns).clamp(min=1)
 
 
 def epo_beta(step: int, total_steps: int, *, gamma: float, schedule: str) -> float:
@@ -119,10 +119,10 @@ def epo(
     Returns:
         The scalar loss, and the metrics.
     """
-    turns = turn_indices(mask)
+    turns, entropies = turn_indices(mask), in_float32(entropies)
     weights = trajectory_weights(mask, turns, entropies.dtype)
     # where, not the weight alone: an observation's entropy may be anything
-    bonus_entropies = entropies if bonus_entropies is None else bonus_entropies
+    bonus_entropies = entropies if bonus_entropies is None else in_float32(bonus_entropies)
     bonus = (weights * torch.where(mask, bonus_entropies, 0.0)).sum() / num_trajectories
     metrics = {"epo/beta": TokenMean(torch.full((), beta, device=mask.device), mask)}
     if history is None:
@@ -196,10 +196,11 @@ class EntropyHistory:
         Args:
             kind: `"scalar"` for the mean over all tokens, 0-dim, or `"per_turn"` for that of each turn index over the
                 steps that reached it, `(turns,)`.
-            like: Gives the device and the dtype.
+            like: Gives the device and the dtype, float32 at least.
         """
         if self.steps and kind not in self._means:
-            self._means[kind] = like.new_tensor(self._mean_steps() if kind == "scalar" else self._mean_turn_steps())
+            mean = self._mean_steps() if kind == "scalar" else self._mean_turn_steps()
+            self._means[kind] = in_float32(like).new_tensor(mean)
         return self._means.get(kind)
 
     def _mean_steps(self) -> float:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .tokens import in_float32
+
 MAX_LOG_IMPORTANCE_WEIGHT = 40.0
 """exp(40) = 2.4e17: beyond any ratio a working run produces, and its square still fits float32."""
 
@@ -26,8 +28,8 @@ def log_importance_weight(logps: Tensor, old_logps: Tensor, mask: Tensor, level:
     if level == "token":
         return log_ratio
     if level == "sequence":
-        weights = mask.to(log_ratio.dtype)
-        return (log_ratio * weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp(min=1.0)
+        total = (in_float32(log_ratio) * mask).sum(-1, keepdim=True)
+        return (total / mask.sum(-1, keepdim=True).clamp(min=1)).to(log_ratio.dtype)
     raise ValueError(f"importance_sampling_level={level!r} is unknown. Set it to 'token' or 'sequence'.")
 
 

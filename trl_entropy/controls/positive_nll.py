@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .tokens import TokenMean
+from .tokens import TokenMean, in_float32
 
 
 def positive_nll(
@@ -21,7 +21,7 @@ def positive_nll(
         The scalar loss (to be multiplied by its coefficient), and the metrics.
     """
     chosen = mask & correct.unsqueeze(-1)
-    loss = -torch.where(chosen, logps, 0.0).sum() / num_tokens
+    loss = -torch.where(chosen, in_float32(logps), 0.0).sum() / num_tokens
     return loss, {
         "positive_nll/loss": TokenMean(-logps.detach(), chosen),
         "positive_nll/token_fraction": TokenMean(chosen, mask),

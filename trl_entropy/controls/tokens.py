@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def in_float32(values: Tensor) -> Tensor:
+    """In float32 at least: sums, means and counts of many tokens do not fit 16 bits."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class PolicyTokens:
     """The tensors of one micro-batch that decide a token's policy gradient.
