@@ -2,10 +2,13 @@
 
 import math
 
+import peft
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForTokenClassification, LoraConfig
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -171,13 +174,63 @@ def test_adapter_trains_itself_and_the_head(make_critic, tiny_model_path, rollou
 
 
 def test_module_must_have_one_label(tiny_model, tiny_model_path):
-    with pytest.raises(ValueError, match="num_labels=2"):
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM has no value head"):
         load_critic(tiny_model)
     two = AutoModelForTokenClassification.from_pretrained(tiny_model_path, num_labels=2)
     with pytest.raises(ValueError, match="num_labels=2"):
         load_critic(two)
-    with pytest.raises(ValueError, match="num_labels=None"):
+    with pytest.raises(ValueError, match="Linear has no value head"):
         load_critic(torch.nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])  # their heads have one name for both tasks, and two
+@pytest.mark.parametrize("as_folder", [False, True], ids=["module", "folder"])
+def test_head_of_a_sequence_classification_model_is_applied_to_every_token(
+    tiny_model_path, rollout, tmp_path, family, as_folder
+):
+    """As TRL's PPOTrainer applies that of its value model."""
+    if family == "qwen2":
+        given = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
+    else:
+        config = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=1)
+        given = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(given.score.weight)
+    given.config.attention_dropout = given.config.resid_pdrop = 0.1
+    with torch.no_grad():
+        states = given.base_model.eval()(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask)
+        expected = given.score(states.last_hidden_state)[:, -7:].squeeze(-1)
+    given.save_pretrained(tmp_path / "given")
+    critic = load_critic(str(tmp_path / "given") if as_folder else given)
+    for mode in (critic.eval(), critic.train()):
+        found = values(mode, rollout.input_ids, rollout.attention_mask, 6)
+        torch.testing.assert_close(found, torch.where(rollout.attention_mask[:, -7:].bool(), expected, 0.0))
+    critic.save_pretrained(tmp_path / "saved")
+    again = AutoModelForTokenClassification.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(values(again, rollout.input_ids, rollout.attention_mask, 6), found)
+
+
+def test_dropout_that_a_layer_applies_as_a_function_is_off_too(tiny_model_path, rollout):
+    model = AutoModelForTokenClassification.from_pretrained(tiny_model_path, num_labels=1, attention_dropout=0.5)
+    torch.nn.init.normal_(model.score.weight)
+    critic = load_critic(model).train()
+    found = [values(critic, rollout.input_ids, rollout.attention_mask, 6) for _ in range(2)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("task", ["Token", "Sequence"])
+def test_classifier_of_several_labels_is_refused_by_name(tiny_model_path, tmp_path, task):
+    two = getattr(transformers, f"AutoModelFor{task}Classification").from_pretrained(tiny_model_path, num_labels=2)
+    two.save_pretrained(tmp_path)
+    for given in (two, str(tmp_path)):
+        with pytest.raises(ValueError, match=rf"Qwen2For{task}Classification\)? has num_labels=2"):
+            load_critic(given)
+
+
+def test_sequence_classification_model_in_an_adapter_is_refused(tiny_model_path):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
+    adapter = peft.get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match=r"Qwen2ForSequenceClassification is .* in an adapter"):
+        load_critic(adapter)
 
 
 def test_embedding_must_hold_the_vocabulary(tiny_model_path, small_critic, tiny_tokenizer):

@@ -9,11 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.pytorch_utils import Conv1D
 
 from .processes import without_adapter
+
+SEQUENCE_CLASSIFIER = "ForSequenceClassification"
+CLASSIFIERS = (SEQUENCE_CLASSIFIER, "ForTokenClassification")
+"""How transformers ends the names of its classes with a head of `num_labels` numbers."""
 
 
 def load_critic(
@@ -32,8 +41,9 @@ def load_critic(
     returns; a random head would add its noise, scaled by the width of the backbone, to every one of them.
 
     Args:
-        model: Model id or folder of any causal backbone, or a token-classification model with one label, which is
-            changed in place.
+        model: Model id or folder of any causal backbone, or a token- or sequence-classification model with one label,
+            which is changed in place. The head of a sequence-classification model, such as TRL's PPOTrainer takes for
+            its value model, is applied to every token, as it is there.
         peft_config: Trains an adapter and the value head instead of all weights.
         dtype: Of the weights; float32 if `None`, and a given model keeps its own.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -45,14 +55,14 @@ def load_critic(
         The critic, on the CPU if it was loaded here.
 
     Raises:
-        ValueError: If a given model has no value head, if the embedding is smaller than `vocab_size`, or if the
-            adapter has dropout.
+        ValueError: If a given model has no value head, or a classifier has several labels, if the embedding is smaller
+            than `vocab_size`, or if the adapter has dropout.
     """
     critic: Any
     if isinstance(model, str):
         critic, name = _from_pretrained(model, dtype, trust_remote_code, model_kwargs), model
     else:
-        critic, name = _checked_module(model, dtype), type(model).__name__
+        critic, name = _checked_module(model, dtype, trust_remote_code), type(model).__name__
     _check_vocabulary(critic.config, vocab_size, name)
     critic.config.use_cache = False
     _disable_dropout(critic)
@@ -117,6 +127,8 @@ def check_tokenizer(policy_tokenizer: Any, critic: str | nn.Module, *, trust_rem
     policy = getattr(policy_tokenizer, "tokenizer", policy_tokenizer).get_vocab()
     size = max(policy.values()) + 1
     if not isinstance(critic, str):
+        if not hasattr(critic, "config"):
+            raise ValueError(f"The critic {type(critic).__name__} is no model of transformers. Give one, or its path.")
         return _check_vocabulary(critic.config, size, type(critic).__name__)
     if os.path.isdir(critic) and not (Path(critic) / "tokenizer_config.json").exists():
         config = AutoConfig.from_pretrained(critic, trust_remote_code=trust_remote_code)
@@ -137,11 +149,17 @@ def check_tokenizer(policy_tokenizer: Any, critic: str | nn.Module, *, trust_rem
 def _from_pretrained(
     path: str, dtype: torch.dtype | None, trust_remote_code: bool, model_kwargs: dict[str, Any]
 ) -> nn.Module:
+    saved = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    kind = (saved.architectures or [""])[0]
+    if kind.endswith(CLASSIFIERS):
+        _check_labels(saved, f"{path} ({kind})")
     config = AutoConfig.from_pretrained(path, num_labels=1, trust_remote_code=trust_remote_code)
     for part in (config, config.get_text_config()):
         _disable_config_dropout(part)
+    pooled = kind.endswith(SEQUENCE_CLASSIFIER)
+    auto = AutoModelForSequenceClassification if pooled else AutoModelForTokenClassification
     with _whole_on_every_process():
-        critic, info = AutoModelForTokenClassification.from_pretrained(
+        critic, info = auto.from_pretrained(
             path,
             config=config,
             dtype=dtype or torch.float32,
@@ -152,17 +170,52 @@ def _from_pretrained(
     for name, value in critic.named_parameters():
         if name in info["missing_keys"] and not name.startswith(f"{critic.base_model_prefix}."):
             nn.init.zeros_(value)
-    return critic
+    return _for_every_token(critic, trust_remote_code) if pooled else critic
 
 
-def _checked_module(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    labels = getattr(getattr(module, "config", None), "num_labels", None)
-    if labels != 1:
+def _checked_module(module: nn.Module, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
+    kind = type(without_adapter(module)).__name__
+    if not hasattr(module, "config") or kind.endswith("ForCausalLM"):
         raise ValueError(
-            f"The critic {type(module).__name__} has num_labels={labels} and must be a token-classification model "
-            "with one. Load it with AutoModelForTokenClassification and num_labels=1, or give its path."
+            f"The critic {kind} has no value head. Load it with AutoModelForTokenClassification and num_labels=1, or "
+            "give its path, from which a head is added."
         )
+    _check_labels(module.config, kind)
+    if kind.endswith(SEQUENCE_CLASSIFIER):
+        module = _for_every_token(module, trust_remote_code)
     return module if dtype is None else module.to(dtype)
+
+
+def _check_labels(config: Any, name: str) -> None:
+    if config.num_labels != 1:
+        raise ValueError(
+            f"The critic {name} has num_labels={config.num_labels} and must be a token- or sequence-classification "
+            "model with one: a value is one number. Load it with num_labels=1."
+        )
+
+
+def _for_every_token(classifier: Any, trust_remote_code: bool) -> nn.Module:
+    """The token-classification model with the backbone and the head of a sequence-classification model.
+
+    Raises:
+        ValueError: If it is in an adapter, or if its head is not one linear layer on the backbone.
+    """
+    model, heads = without_adapter(classifier), _value_heads(classifier)
+    if model is not classifier or len(heads) != 1 or heads[0].out_features != 1:
+        raise ValueError(
+            f"The critic {type(model).__name__} is a sequence-classification model in an adapter, or its head is not "
+            "one linear layer. Merge the adapter, or load it with AutoModelForTokenClassification and num_labels=1."
+        )
+    with torch.device("meta"):
+        critic = AutoModelForTokenClassification.from_config(model.config, trust_remote_code=trust_remote_code)
+    setattr(critic, critic.base_model_prefix, model.base_model)
+    critic.config = model.config
+    critic.config.architectures = [type(critic).__name__]
+    (head,), pooled = _value_heads(critic), heads[0]
+    head.weight = pooled.weight
+    if head.bias is not None:
+        head.bias = nn.Parameter(pooled.weight.new_zeros(1)) if pooled.bias is None else pooled.bias
+    return critic
 
 
 def _check_vocabulary(config: Any, size: int | None, name: str) -> None:
@@ -186,6 +239,9 @@ def _disable_dropout(critic: nn.Module) -> None:
     for module in critic.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in list(vars(module).items()):  # what a layer applies as a function
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _value_heads(critic: nn.Module) -> list[nn.Linear]:
