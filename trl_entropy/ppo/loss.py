@@ -23,7 +23,8 @@ def token_entropies(logits: Tensor) -> Tensor:
 
 def _entropies(logits: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    weighted = torch.softmax(logits, dim=-1) * logits.clamp(min=torch.finfo(logits.dtype).min)
+    # 0 rather than a huge number: a gradient times that would overflow
+    weighted = torch.softmax(logits, dim=-1) * logits.masked_fill(logits == -torch.inf, 0.0)
     return torch.logsumexp(logits, dim=-1) - weighted.sum(-1)
 
 

@@ -5,6 +5,7 @@ afterwards. `compute_loss` hands it a shallow copy of the inputs, and the overri
 controls decide into that copy, so TRL's loss does the rest. No line of that loss is repeated here.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import trl
 from torch import Tensor
 
 from ..controls import TokenMean
+from .masked_vocabulary import finite_logits
 from .resume import ExactResume
 
 
@@ -124,7 +126,8 @@ class GRPOContact(ExactResume):
         if call is not None and self.wants_entropy_gradients:
             self._entropy_bonus_enabled = True  # TRL below 1.16 detaches the entropies otherwise
         try:
-            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            with finite_logits(model, self.temperature) if self.controlled else nullcontext():
+                result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         finally:
             self._entropy_bonus_enabled = bonus_enabled
         logps, entropies = result[:2]
