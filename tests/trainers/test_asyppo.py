@@ -6,7 +6,13 @@ import os
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForTokenClassification, Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForTokenClassification,
+)
 
 from tests.conftest import VOCABULARY
 from tests.stubbed import stub_forward
@@ -282,6 +288,38 @@ START, ODD, EVEN, EOS = "=", "13", "02", "<eos>"
 SWITCH, END = 0.0004, 0.04
 
 
+@pytest.mark.parametrize("rollouts", [1, 3])
+def test_warm_up_on_streamed_rows_takes_those_at_hand(make_asyppo, tiny_dataset, rollouts):
+    """Three rollouts are 24 prompts, more than the data has."""
+    trainer = make_asyppo(
+        train_dataset=tiny_dataset.to_iterable_dataset(),
+        eval_dataset={"streamed": tiny_dataset.select(range(4)).to_iterable_dataset()},
+        eval_strategy="steps",
+        eval_steps=1,
+        critic_warmup_rollouts=rollouts,
+        max_steps=2,
+        epo_coef=0.01,
+    )
+    before = copy.deepcopy(trainer.critics.critics)
+    prompts = []
+    generate = trainer._generate_and_score_completions
+
+    def spy(rows):
+        if trainer.mode == "train":
+            prompts.append([row["prompt"] for row in rows])
+        return generate(rows)
+
+    trainer._generate_and_score_completions = spy
+    trainer.train()
+    assert len(prompts) == rollouts + 1
+    assert prompts.count(prompts[0]) == rollouts + 1
+    assert all(
+        not torch.equal(a.score.weight, b.score.weight) for a, b in zip(before, trainer.critics.critics, strict=True)
+    )
+    assert logged(trainer, "epo/beta") == [2.0, 2.0]
+    assert logged(trainer, "eval_reward")
+
+
 def markov_chain():
     """Transition probabilities of the tokens: odd and even digits seldom follow each other, any may be the last."""
     chain = torch.full((len(VOCABULARY), len(VOCABULARY)), 1e-9, dtype=torch.float64)
@@ -432,3 +470,41 @@ def test_another_config_is_refused(tmp_path):
     args = EntropyGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(TypeError, match="args=EntropyGRPOConfig must be an AsyPPOConfig"):
         AsyPPOTrainer("no/such-model", args=args, critics="none")
+
+
+def test_resumed_under_another_schedule_the_critics_go_on(make_asyppo, tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "critic_warmup_rollouts": 1, **ALL_CONTROLS}
+    make_asyppo(tmp_path / "run", **settings).train()
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    resumed = make_asyppo(tmp_path / "run", **settings | {"steps_per_generation": 2, "num_generations": 2})
+    with pytest.warns(
+        UserWarning, match=r"steps_per_generation=4 \(now 2\), num_generations=4 \(now 2\).*generated anew"
+    ):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 6
+    steps = [
+        optimizer._adamw.state[next(iter(optimizer._copies.values()))]["step"]
+        for optimizer in resumed.critics._optimizers
+    ]
+    saved = torch.load(checkpoint / "critics" / "state_0.pt", weights_only=True)["steps"]
+    assert min(steps) > max(saved.values()) > 0
+
+
+def test_warm_up_is_not_repeated_where_the_rollout_is_lost(make_asyppo, tmp_path, monkeypatch):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "critic_warmup_rollouts": 2}
+    make_asyppo(tmp_path / "run", **settings).train()
+    (tmp_path / "run" / "checkpoint-3" / "rollout_rank0.pt").unlink()
+    resumed = make_asyppo(tmp_path / "run", **settings)
+    monkeypatch.setattr(resumed, "_warmup_prompts", lambda rows: pytest.fail("another warm-up"))
+    with pytest.warns(UserWarning, match="is missing: the rollout that was in use is generated anew"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+
+
+def test_the_value_model_of_trls_ppo_serves_as_critic(make_asyppo, tiny_model_path, tmp_path, tiny_tokenizer):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
+    model.save_pretrained(tmp_path / "value")
+    tiny_tokenizer.save_pretrained(tmp_path / "value")
+    for critics in (model, str(tmp_path / "value")):
+        trainer = make_asyppo(critics=critics, max_steps=1)
+        trainer.train()
+        assert {type(critic) for critic in trainer.critics.critics} == {Qwen2ForTokenClassification}

@@ -81,6 +81,7 @@ def epo_trainer(make_trainer, **config):
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 3
     trainer.state.max_steps = K
+    trainer._step = 3 * len(PAST)
     trainer._entropy_history.load_state_dict({"steps": PAST, "turn_steps": PAST_TURNS, "running": None})
     return trainer
 
@@ -151,6 +152,7 @@ def test_it_adds_to_what_the_clipping_controls_leave(make_trainer, monkeypatch):
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 3
         trainer.state.max_steps = K
+        trainer._step = trainer.args.steps_per_generation * len(PAST)
         trainer._entropy_history.load_state_dict({"steps": PAST, "turn_steps": PAST_TURNS, "running": None})
         (leaf, *_), (batch, *_) = micro_batches()
         advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)

@@ -2,10 +2,12 @@
 
 import copy
 import glob
+import math
 import os
 import warnings
 
 import pytest
+import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.trainers.test_grpo import ALL_CONTROLS, assert_same_weights, logged, weights
@@ -87,3 +89,119 @@ def test_the_last_checkpoint_is_the_one_with_the_most_steps(tmp_path):
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
+
+
+SAVED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}  # in the middle of a rollout of four steps
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"steps_per_generation": 8},
+        {"steps_per_generation": 2},
+        {"num_iterations": 2},
+        {"gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 4},
+        {"num_generations": 2},
+        {"max_completion_length": 4},
+        {"temperature": 0.5},
+        {"beta": 0.04},
+        {"erc_low": 0.95, "erc_high": 1.05},
+        {"epo_coef": 0.01},
+        {"positive_nll_coef": 0.1},
+        {"record_tokens": 8},
+    ],
+    ids=lambda changed: ",".join(changed),
+)
+def test_resumed_with_other_settings_of_a_rollout_it_is_made_anew(make_trainer, tmp_path, monkeypatch, changed):
+    make_trainer(tmp_path / "run", **SAVED).train()
+    resumed = make_trainer(tmp_path / "run", **SAVED | changed)
+    rollouts = []
+    generate = type(resumed)._generate_and_score_completions
+    monkeypatch.setattr(
+        type(resumed), "_generate_and_score_completions", lambda *a: rollouts.append(a[0]._step) or generate(*a)
+    )
+    first = next(iter(changed))
+    name = {"erc_low": "erc", "epo_coef": "epo", "positive_nll_coef": "positive_nll", "record_tokens": "recording"}
+    with pytest.warns(UserWarning, match=rf"{name.get(first, first)}.*generated anew"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    every = resumed.args.steps_per_generation * resumed.num_iterations
+    accumulation = resumed.args.gradient_accumulation_steps
+    # one at once, and then wherever the new schedule has one
+    assert rollouts == [
+        3 * accumulation,
+        *(s for s in range(3 * accumulation + 1, 6 * accumulation) if s % every == 0),
+    ]
+
+
+@pytest.mark.parametrize("changed", [{"learning_rate": 1e-2}, {"max_steps": 7}, {"logging_steps": 2}])
+def test_resumed_with_other_settings_of_the_update_the_rollout_is_kept(make_trainer, tmp_path, monkeypatch, changed):
+    make_trainer(tmp_path / "run", **SAVED | {"steps_per_generation": 8}).train()
+    resumed = make_trainer(tmp_path / "run", **SAVED | {"steps_per_generation": 8} | changed)
+    monkeypatch.setattr(type(resumed), "_generate_and_score_completions", lambda *a: pytest.fail("a new rollout"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+
+
+def test_between_two_rollouts_another_schedule_begins_without_a_warning(make_trainer, tmp_path):
+    settings = SAVED | {"steps_per_generation": 3}
+    make_trainer(tmp_path / "run", **settings).train()
+    resumed = make_trainer(tmp_path / "run", **settings | {"steps_per_generation": 6})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*anew")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+
+
+def test_a_new_schedule_draws_the_prompts_of_its_own_epoch(make_trainer, tmp_path, tiny_dataset):
+    """Eight steps an epoch before, two an epoch after: step 3 is in the first epoch, and then in the second."""
+    settings = SAVED | {"num_train_epochs": 4, "max_steps": -1, "train_dataset": tiny_dataset.select(range(4))}
+    make_trainer(tmp_path / "run", **settings, per_device_train_batch_size=4, steps_per_generation=2).train()
+    changed = {"per_device_train_batch_size": 8, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
+    whole = make_trainer(tmp_path / "other", **settings | changed | {"save_steps": 1000})
+    prompts = {"whole": [], "resumed": []}
+    for name, trainer in (
+        ("whole", whole),
+        ("resumed", make_trainer(tmp_path / "run", **settings | changed)),
+    ):
+        generate = trainer._generate_and_score_completions
+
+        def spy(inputs, generate=generate, seen=prompts[name]):
+            seen.append([row["prompt"] for row in inputs])
+            return generate(inputs)
+
+        trainer._generate_and_score_completions = spy
+        resume = name == "resumed"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3") if resume else None)
+    assert prompts["resumed"] == prompts["whole"][1:]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "empty", "other bytes", "another object"])
+def test_a_damaged_rollout_is_made_anew(make_trainer, tmp_path, damage):
+    make_trainer(tmp_path / "run", **SAVED, **ALL_CONTROLS).train()
+    path = tmp_path / "run" / "checkpoint-3" / "rollout_rank0.pt"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "another object":
+        torch.save({"step": 3}, path)
+    elif damage != "missing":
+        path.write_bytes({"cut off": content[: len(content) // 2], "empty": b"", "other bytes": b"x" * 99}[damage])
+    resumed = make_trainer(tmp_path / "run", **SAVED, **ALL_CONTROLS)
+    with pytest.warns(UserWarning, match=r"rollout_rank0.pt (is missing|cannot be read).*generated anew"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+
+
+def test_the_schedule_of_epo_goes_by_the_position_under_the_new_schedule(make_trainer, tmp_path):
+    """Steps 4 to 6 with two steps a rollout are in the second and third of 3 rollouts, so k_mid is 1."""
+    settings = SAVED | {"epo_coef": 0.01}
+    make_trainer(tmp_path / "run", **settings).train()
+    resumed = make_trainer(tmp_path / "run", **settings | {"steps_per_generation": 2})
+    with pytest.warns(UserWarning, match="generated anew"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    expected = [1 + math.exp(-3 * k) for k in (1, 2, 2)]
+    assert logged(resumed, "epo/beta")[-3:] == pytest.approx(expected, rel=1e-6)
+    # the first three steps' part of the old rollout, and the new one of step 4; that of 5 and 6 runs
+    assert len(resumed._entropy_history) == 2

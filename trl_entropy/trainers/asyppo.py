@@ -105,7 +105,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
 
     def _warmup_prompts(self, generation_batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """This process's rows of a rollout on random prompts; those of `generation_batch` where rows are streamed."""
-        if not hasattr(self.train_dataset, "__getitem__"):
+        if not hasattr(self.train_dataset, "__len__"):
             return [dict(row) for row in generation_batch]
         num_prompts = self.args.generation_batch_size // self.num_generations
         chosen = torch.randint(len(self.train_dataset), (num_prompts,), generator=self._prompt_generator)
@@ -225,8 +225,14 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
             "prompt_generator": self._prompt_generator.get_state(),
         }
 
-    def load_control_state(self, state: dict[str, Any]) -> None:
-        super().load_control_state(state)
+    def rollout_settings(self) -> dict[str, str]:
+        return super().rollout_settings() | {
+            "critics": "True",
+            "entropy_filter_enabled": repr(self.args.entropy_filter_fraction > 0),
+        }
+
+    def load_control_state(self, state: dict[str, Any], *, own: bool) -> None:
+        super().load_control_state(state, own=own)
         self._warmup_done = state["warmup_done"]
         self._prompt_generator.set_state(state["prompt_generator"].cpu())
 
@@ -241,6 +247,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
                 f"model={checkpoint!r}."
             )
         self.critics.load(folder)
+        self._warmup_done = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

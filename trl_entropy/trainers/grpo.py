@@ -186,14 +186,15 @@ class EntropyGRPOTrainer(GRPOContact):
         if self.mode == "train":
             # the policy that wrote the rollout; on-policy it is the one being trained
             history.add(call.inputs.get("old_entropies", call.entropies), call.mask)
-        updates = args.steps_per_generation * self.num_iterations / args.gradient_accumulation_steps
+        micro_batches = args.steps_per_generation * self.num_iterations  # of an RL step
         loss, metrics = epo(
             call.entropies,
             call.mask,
             history.mean(args.epo_history, like=call.entropies.detach()),
             beta=epo_beta(
-                len(history),
-                math.ceil(self.state.max_steps / updates),
+                # by position, not by the history's length: a resumed run may have another schedule, or no history
+                self._step // micro_batches,
+                math.ceil(self.state.max_steps * args.gradient_accumulation_steps / micro_batches),
                 gamma=args.epo_gamma,
                 schedule=args.epo_schedule,
             ),
@@ -244,8 +245,14 @@ class EntropyGRPOTrainer(GRPOContact):
     def control_state(self) -> dict[str, Any]:
         return {"entropy_history": self._entropy_history.state_dict()}
 
-    def load_control_state(self, state: dict[str, Any]) -> None:
-        self._entropy_history.load_state_dict(state["entropy_history"])
+    def load_control_state(self, state: dict[str, Any], *, own: bool) -> None:
+        history = state["entropy_history"]
+        # the sums of the step that was running are each process's part of it
+        self._entropy_history.load_state_dict(history if own else {**history, "running": None})
+
+    def rollout_settings(self) -> dict[str, str]:
+        columns = ("erc_enabled", "epo_enabled", "positive_nll_enabled", "recording_enabled")
+        return super().rollout_settings() | {name: repr(getattr(self.args, name, False)) for name in columns}
 
     def control_metrics(self) -> dict[str, float]:
         return self._token_means[self.mode].pop()

@@ -5,7 +5,9 @@ rollout in use and the position in the data, so that a resumed run equals an uni
 """
 
 import json
+import math
 import os
+import pickle
 import warnings
 from typing import Any
 
@@ -13,6 +15,33 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
+
+ROLLOUT_SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "mask_truncated_completions",
+    "beta",
+    "use_vllm",
+    "vllm_importance_sampling_correction",
+    "reward_weights",
+    "scale_rewards",
+    "multi_objective_aggregation",
+)
+"""The fields of `GRPOConfig` that say how a rollout is made and when it is used."""
+SAVED = ("step", "num_processes", "buffered_inputs", "controls")
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError)
+"""What `torch.load` raises on a file that was cut off or overwritten."""
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
@@ -41,12 +70,22 @@ class ExactResume(GRPOTrainer):
 
     _train_sampler: Any = None
 
+    def rollout_settings(self) -> dict[str, str]:
+        """What the rollout in use depends on; resumed with another value of any of it, the rollout is made anew."""
+        return {name: repr(getattr(self.args, name, None)) for name in ROLLOUT_SETTINGS}
+
     def control_state(self) -> dict[str, Any]:
         """What the controls of this process need to resume exactly: tensors, numbers and text, in lists and dicts."""
         return {}
 
-    def load_control_state(self, state: dict[str, Any]) -> None:
-        """Continue from `control_state()`."""
+    def load_control_state(self, state: dict[str, Any], *, own: bool) -> None:
+        """Continue from `control_state()`.
+
+        Args:
+            state: From the checkpoint.
+            own: Whether it is that of this process, and every process has its own. Otherwise it is that of some
+                process, and what differs between them is to be left out.
+        """
 
     def save_controls(self, checkpoint: str) -> None:
         """Write further files into the folder `checkpoint`; called on every process."""
@@ -63,8 +102,9 @@ class ExactResume(GRPOTrainer):
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._train_sampler
 
-    def _rollout_path(self, checkpoint: str) -> str:
-        return os.path.join(checkpoint, f"rollout_rank{self.accelerator.process_index}.pt")
+    def _rollout_path(self, checkpoint: str, process: int | None = None) -> str:
+        process = self.accelerator.process_index if process is None else process
+        return os.path.join(checkpoint, f"rollout_rank{process}.pt")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self.args.save_only_model:
@@ -87,6 +127,7 @@ class ExactResume(GRPOTrainer):
         state = {
             "step": self._step,
             "num_processes": self.accelerator.num_processes,
+            "settings": self.rollout_settings(),
             "buffered_inputs": self._buffered_inputs if in_use else None,
             "controls": self.control_state(),
         }
@@ -98,25 +139,62 @@ class ExactResume(GRPOTrainer):
         if checkpoint is None:
             return
         self.load_controls(checkpoint)
-        self._advance_train_sampler(int(self.state.epoch or 0))
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        path = self._rollout_path(checkpoint)
+        epochs, self._step = self._position()
+        self._advance_train_sampler(epochs)
+        self._resume_rollout(checkpoint)
+
+    def _position(self) -> tuple[int, int]:
+        """The finished epochs and micro-batches, as transformers counts them under the schedule of this run."""
+        accumulation, steps = self.args.gradient_accumulation_steps, self.state.global_step
+        if self._train_sampler is None:
+            return 0, steps * accumulation
+        rows = self._train_batch_size * self.args.steps_per_generation * self.accelerator.num_processes
+        micro_batches = max(len(self._train_sampler) // rows, 1)
+        epochs, steps = divmod(steps, math.ceil(micro_batches / accumulation))
+        return epochs, epochs * micro_batches + steps * accumulation
+
+    def _resume_rollout(self, checkpoint: str) -> None:
+        """Go on with the rollout in use if it is this run's, on all processes or on none."""
+        state, reason = self._read_rollout(self._rollout_path(checkpoint))
+        own = state is not None and state["num_processes"] == self.accelerator.num_processes
+        if state is None:
+            state, _ = self._read_rollout(self._rollout_path(checkpoint, process=0))
+        own, known = self._on_all_processes(own, state is not None)
+        if state is not None and known:
+            self.load_control_state(state["controls"], own=own)
+            reason = reason or self._other_settings(state, checkpoint)
+        if state is not None and own and reason is None:
+            self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+        elif state is None or state["buffered_inputs"] is not None:
+            reason = reason or f"another process cannot read its part of {checkpoint}"
+            warnings.warn(f"{reason}: the rollout that was in use is generated anew.", stacklevel=2)
+
+    def _read_rollout(self, path: str) -> tuple[dict[str, Any] | None, str | None]:
+        """What `_save_rollout` wrote, or why there is nothing."""
         if not os.path.exists(path):
-            warnings.warn(f"{path} is missing: the rollout that was in use is generated anew.", stacklevel=2)
-            return
+            return None, f"{path} is missing"
         # `accelerator.device` numbers the CPU by rank, which `torch.load` refuses
         device = self.accelerator.device if self.accelerator.device.type != "cpu" else "cpu"
-        state = torch.load(path, map_location=device, weights_only=True)
-        self._step = state["step"]
-        self.load_control_state(state["controls"])
-        if state["num_processes"] == self.accelerator.num_processes:
-            self._buffered_inputs = state["buffered_inputs"]
-        elif state["buffered_inputs"] is not None:
-            warnings.warn(
-                f"{checkpoint} was saved by {state['num_processes']} processes and is resumed by "
-                f"{self.accelerator.num_processes}: the rollout that was in use is generated anew.",
-                stacklevel=2,
-            )
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+            return {name: state[name] for name in SAVED} | {"settings": state.get("settings", {})}, None
+        except UNREADABLE as error:
+            return None, f"{path} cannot be read ({type(error).__name__})"
+
+    def _on_all_processes(self, *flags: bool) -> list[bool]:
+        local = torch.tensor([flags], device=self.accelerator.device)
+        return self.accelerator.gather(local.int()).bool().all(0).tolist()
+
+    def _other_settings(self, state: dict[str, Any], checkpoint: str) -> str | None:
+        """In words, how the checkpoint's settings of a rollout differ from this run's."""
+        if not state["settings"]:
+            return f"{checkpoint} does not say how its rollout was made"
+        saved = {"num_processes": repr(state["num_processes"]), **state["settings"]}
+        here = {"num_processes": repr(self.accelerator.num_processes), **self.rollout_settings()}
+        changed = [
+            f"{name}={saved.get(name)} (now {value})" for name, value in here.items() if saved.get(name) != value
+        ]
+        return f"{checkpoint} was saved with {', '.join(changed)}" if changed else None
 
     def _advance_train_sampler(self, epochs: int) -> None:
         """Draw the permutations of the finished epochs, so that the next one is the epoch's own."""
