@@ -190,3 +190,13 @@ def test_bfloat16_entropies_give_the_loss_of_the_same_numbers_in_float32(form):
     torch.testing.assert_close(entropies.grad.double(), wide.grad, rtol=1e-2, atol=1e-9)
     history._means = {}
     assert history.mean("scalar", like=entropies.detach()).item() == pytest.approx(0.3457, rel=1e-6)
+
+
+def test_history_leaves_out_what_is_no_number():
+    # the turns stay those of the mask: the second turn's 4 is in the second place
+    history = EntropyHistory()
+    history.add(torch.tensor([[1.0, math.nan, 9.0, 4.0]]), torch.tensor([[True, True, False, True]]))
+    history.add(torch.tensor([[math.inf]]), torch.tensor([[True]]))
+    history.finish_step(identity)
+    assert history.steps == [2.5]
+    assert history.turn_steps == [[1.0, 4.0]]

@@ -1,5 +1,6 @@
 """Loading critics, and the states that their values belong to."""
 
+import copy
 import math
 
 import peft
@@ -224,6 +225,28 @@ def test_classifier_of_several_labels_is_refused_by_name(tiny_model_path, tmp_pa
     for given in (two, str(tmp_path)):
         with pytest.raises(ValueError, match=rf"Qwen2For{task}Classification\)? has num_labels=2"):
             load_critic(given)
+
+
+def test_family_without_a_token_classification_model_is_refused_by_name(tmp_path):
+    config = transformers.GPTJConfig(vocab_size=40, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path)
+    for given in (model, str(tmp_path)):
+        with pytest.raises(ValueError, match="model_type='gptj', for which transformers has no token-classification"):
+            load_critic(given)
+
+
+def test_adapter_on_the_value_model_of_trls_ppo(tiny_model_path, rollout):
+    given = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
+    expected = load_critic(copy.deepcopy(given)).eval()
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    critic = load_critic(given, peft_config=config, gradient_checkpointing=True)
+    arguments = (rollout.input_ids, rollout.attention_mask, 6)
+    assert torch.equal(values(critic.eval(), *arguments), values(expected, *arguments))
+    values(critic.train(), *arguments).square().sum().backward()
+    trained = {name for name, value in critic.named_parameters() if value.grad is not None}
+    assert any("score" in name for name in trained)
+    assert any("lora_B" in name for name in trained)
 
 
 def test_sequence_classification_model_in_an_adapter_is_refused(tiny_model_path):

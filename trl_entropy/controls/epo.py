@@ -171,8 +171,12 @@ class EntropyHistory:
         return len(self.steps)
 
     def add(self, entropies: Tensor, mask: Tensor) -> None:
-        """Add the tokens of one micro-batch of the running step, each under the policy that wrote it, `(B, T)`."""
+        """Add the tokens of one micro-batch of the running step, each under the policy that wrote it, `(B, T)`.
+
+        An entropy that is not a finite number is left out: it would stay in every later mean.
+        """
         turns, device = turn_indices(mask).clamp(min=0).flatten(), mask.device
+        mask = mask & entropies.isfinite()
         dtype = torch.float32 if device.type == "mps" else torch.float64
         totals = torch.zeros(mask.shape[1], 2, device=device, dtype=dtype)
         totals[:, 0].scatter_add_(0, turns, torch.where(mask, entropies.detach().to(dtype), 0.0).flatten())

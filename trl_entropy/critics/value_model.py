@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -151,6 +152,7 @@ def _from_pretrained(
 ) -> nn.Module:
     saved = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     kind = (saved.architectures or [""])[0]
+    _check_family(saved, path)
     if kind.endswith(CLASSIFIERS):
         _check_labels(saved, f"{path} ({kind})")
     config = AutoConfig.from_pretrained(path, num_labels=1, trust_remote_code=trust_remote_code)
@@ -186,6 +188,14 @@ def _checked_module(module: nn.Module, dtype: torch.dtype | None, trust_remote_c
     return module if dtype is None else module.to(dtype)
 
 
+def _check_family(config: Any, name: str) -> None:
+    if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"The critic {name} is of model_type={config.model_type!r}, for which transformers has no "
+            "token-classification model. Take a critic of another family with the policy's tokenizer."
+        )
+
+
 def _check_labels(config: Any, name: str) -> None:
     if config.num_labels != 1:
         raise ValueError(
@@ -206,6 +216,7 @@ def _for_every_token(classifier: Any, trust_remote_code: bool) -> nn.Module:
             f"The critic {type(model).__name__} is a sequence-classification model in an adapter, or its head is not "
             "one linear layer. Merge the adapter, or load it with AutoModelForTokenClassification and num_labels=1."
         )
+    _check_family(model.config, type(model).__name__)
     with torch.device("meta"):
         critic = AutoModelForTokenClassification.from_config(model.config, trust_remote_code=trust_remote_code)
     setattr(critic, critic.base_model_prefix, model.base_model)
