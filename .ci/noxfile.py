@@ -16,7 +16,10 @@ EXTRAS = "tests,plots,maths,gym,scienceworld,smollm2"
 OLDEST, BETWEEN = "1.12.0", ("1.13.0", "1.14.2", "1.15.0")
 ONLY_TRITON = ("1.15.0",)
 """These compute log-probs with Triton kernels alone, which on a CPU need Triton's interpreter."""
-CONTACT_TESTS = [f"tests/trainers/test_{name}.py" for name in ("contact", "grpo", "resume", "epo", "model_gradients")]
+CONTACT_TESTS = [
+    f"tests/trainers/test_{name}.py"
+    for name in ("contact", "grpo", "resume", "epo", "model_gradients", "masked_vocabulary", "liger")
+]
 
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["oldest", "contact"]

@@ -254,3 +254,51 @@ def test_nonsense_is_refused(make_ppo, tiny_model_path, fields, message) -> None
 def test_an_entropy_filter_without_a_bonus_warns(make_ppo, tiny_model_path) -> None:
     with pytest.warns(UserWarning, match="entropy_filter_fraction=0.2 does nothing"):
         make_ppo(critics=tiny_model_path)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_gradient_of_the_entropy_beside_a_ruled_out_token_is_that_of_the_others(scale) -> None:
+    from trl_entropy.ppo.loss import token_entropies
+
+    values = torch.tensor([0.5, 1.5, -1.0])
+    masked = torch.cat([values, torch.tensor([-math.inf])]).requires_grad_()
+    alone = values.clone().requires_grad_()
+    for logits in (masked, alone):
+        (scale * token_entropies(logits.reshape(1, 1, -1)).sum()).backward()
+    torch.testing.assert_close(masked.grad[:3], alone.grad)
+    assert masked.grad[3] == 0
+
+
+def test_a_policy_with_masked_vocabulary_trains_with_every_control(make_ppo) -> None:
+    trainer = make_ppo(erc_low=0.95, erc_high=1.05, epo_coef=0.1, entropy_coef=0.1)
+    head = trainer.policy_model.lm_head
+    head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor([5, 6]), -math.inf))
+    trainer.train()
+    assert all(value.isfinite().all() for value in trainer.policy_model.parameters())
+    for name in ("policy/entropy_avg", "erc/clip_fraction", "epo/history"):
+        assert logged(trainer, name)
+        assert all(map(math.isfinite, logged(trainer, name))), name
+    assert min(logged(trainer, "erc/clip_fraction")) < 1
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["module", "folder"])
+def test_the_value_model_serves_as_critic(make_ppo, make_scorer, tmp_path, tiny_tokenizer, as_folder) -> None:
+    critics = make_scorer(2)
+    if as_folder:
+        critics.save_pretrained(tmp_path / "value")
+        tiny_tokenizer.save_pretrained(tmp_path / "value")
+        critics = str(tmp_path / "value")
+    trainer = make_ppo(critics=critics, entropy_coef=0.1)
+    head = make_scorer(2).score.weight
+    assert all(torch.equal(critic.score.weight, head) for critic in trainer.critics.critics)
+    trainer.train()
+    assert all(not torch.equal(critic.score.weight, head) for critic in trainer.critics.critics)
+
+
+def test_dropout_that_trl_leaves_on_is_warned_of(make_ppo, monkeypatch) -> None:
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: load(*args, **kwargs, attention_dropout=0.1)
+    )
+    with pytest.warns(UserWarning, match=r"attention_dropout=0\.1.*ERC"):
+        make_ppo(erc_low=0.95, erc_high=1.05)

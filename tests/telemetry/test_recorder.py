@@ -358,16 +358,9 @@ def test_size_is_bounded(max_steps: int) -> None:
     assert all(step % 8 == 0 for step in whole)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"record_tokens": -1}, "record_tokens=-1 must be at least 0"),
-        ({"record_tokens": 8, "use_liger_kernel": True}, "record_tokens=8 with use_liger_kernel=True"),
-    ],
-)
-def test_config_refuses_what_cannot_be_recorded(make_trainer: Any, fields: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_trainer(**fields)
+def test_config_refuses_what_cannot_be_recorded(make_trainer: Any) -> None:
+    with pytest.raises(ValueError, match="record_tokens=-1 must be at least 0"):
+        make_trainer(record_tokens=-1)
 
 
 WORKER = Path(__file__).with_name("recorder_worker.py")

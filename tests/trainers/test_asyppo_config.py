@@ -46,7 +46,6 @@ def test_published_defaults(tmp_path):
         ({"entropy_filter_fraction": -0.2}, r"entropy_filter_fraction=-0.2 must be in \[0, 1\)"),
         ({"loss_type": "vespo"}, "loss_type='vespo'"),
         ({"erc_low": 0.95}, "erc_low=0.95 and erc_high=None"),
-        ({"use_liger_kernel": True}, "use_liger_kernel=False"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, fields, message):

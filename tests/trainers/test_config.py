@@ -4,11 +4,15 @@ import math
 import warnings
 
 import pytest
+from trl import GRPOTrainer
 
 from trl_entropy import EntropyGRPOConfig
 
 ERC = {"erc_low": 0.95, "erc_high": 1.05}
 CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0}
+LIGER_SWAPS_LAYERS = pytest.mark.skipif(
+    hasattr(GRPOTrainer, "compute_liger_loss"), reason="Liger computes the loss on TRL 1.12 and 1.13"
+)
 OFF_POLICY = {"steps_per_generation": 8, "per_device_train_batch_size": 8, "report_to": "none", "bf16": False}
 
 
@@ -48,12 +52,9 @@ def config(tmp_path, **fields):
         ({"epo_coef": 0.001, "epo_schedule": "cosine"}, "epo_schedule='cosine' is unknown. Choose one of decay"),
         ({"epo_coef": 0.001, "epo_form": "soft"}, "epo_form='soft' is unknown"),
         ({"epo_coef": 0.001, "epo_history": "window"}, "epo_history='window' is unknown"),
-        ({"epo_coef": 0.001, "use_liger_kernel": True}, "Set use_liger_kernel=False"),
         ({"positive_nll_coef": -0.1}, "positive_nll_coef=-0.1 must be finite and at least 0"),
         ({"positive_nll_coef": math.nan}, "positive_nll_coef=nan must be finite"),
         ({"positive_nll_coef": 0.1, "positive_nll_min_reward": math.nan}, "positive_nll_min_reward=nan"),
-        ({**ERC, "use_liger_kernel": True}, "Set use_liger_kernel=False"),
-        ({"positive_nll_coef": 0.1, "use_liger_kernel": True}, "Set use_liger_kernel=False"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, fields, message):
@@ -76,6 +77,8 @@ def test_nonsense_is_refused(tmp_path, fields, message):
         {**ERC, **CE_GPPO, "importance_sampling_level": "sequence", "loss_type": "luspo"},
         {"epo_coef": 0.001, "epo_kappa_low": 0.0, "epo_kappa_high": 2.0, "loss_type": "vespo"},
         {"epo_coef": 0.001, "steps_per_generation": None, "epo_history": "per_turn", "epo_form": "indicator"},
+        pytest.param({**ERC, "use_liger_kernel": True, "record_tokens": 8}, marks=LIGER_SWAPS_LAYERS),
+        pytest.param({"epo_coef": 0.001, "use_liger_kernel": True}, marks=LIGER_SWAPS_LAYERS),
         {"use_liger_kernel": False, "loss_type": "vespo", "positive_nll_coef": 0.1},
     ],
 )
@@ -122,3 +125,13 @@ def test_switches_follow_the_fields(tmp_path):
     assert config(tmp_path, epo_coef=0.001).any_control_enabled
     assert config(tmp_path, epsilon=0.2).eps_high == 0.2
     assert config(tmp_path, epsilon=0.2, epsilon_high=0.28).eps_high == 0.28
+
+
+@pytest.mark.parametrize(
+    "control", [ERC, CE_GPPO, {"epo_coef": 0.001}, {"positive_nll_coef": 0.1}, {"record_tokens": 8}]
+)
+def test_liger_is_refused_where_it_hides_the_loss(tmp_path, monkeypatch, control):
+    monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", None, raising=False)  # as TRL 1.12 and 1.13 have it
+    with pytest.raises(ValueError, match=r"use_liger_kernel=True.*1\.12 and 1\.13.*Set use_liger_kernel=False"):
+        config(tmp_path, **control, use_liger_kernel=True)
+    config(tmp_path, use_liger_kernel=True)

@@ -140,10 +140,8 @@ class EntropyPPOConfig(PPOControls, PPOConfig):
         self._warn_if_on_policy()
 
     def _warn_if_on_policy(self) -> None:
-        if (self.erc_enabled or self.ce_gppo_enabled) and self.num_ppo_epochs == 1:
-            methods = " and ".join(
-                name for name, on in (("ERC", self.erc_enabled), ("CE-GPPO", self.ce_gppo_enabled)) if on
-            )
+        if self.ratio_controls and self.num_ppo_epochs == 1:
+            methods = self.ratio_controls
             warnings.warn(
                 f"{methods} will do nothing: with num_ppo_epochs=1 a rollout is used for one optimizer step (TRL's "
                 "num_mini_batches does not add any), so importance and entropy ratios are 1. Set num_ppo_epochs=4, "

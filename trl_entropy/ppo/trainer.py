@@ -13,6 +13,7 @@ from trl.experimental.ppo.ppo_trainer import forward, masked_mean, masked_whiten
 from ..controls import EntropyHistory, PolicyTokens, TokenMean, clip_controls, epo, epo_beta
 from ..critics import CriticEnsemble, explained_variance, highest_fraction, lowest_fraction
 from ..telemetry.metrics import TokenMeans
+from ..trainers.dropout import warn_of_dropout
 from .advantages import gae
 from .config import CRITIC_FIELDS, PPOControls
 from .critics import NoValueModel, critic_sources, load_critics
@@ -34,9 +35,9 @@ class EntropyPPOTrainer(PPOLoop):
         args (`PPOConfig` or [`EntropyPPOConfig`]): The configuration.
         value_model: As in TRL; leave it out where `critics` are given.
         critics (`str`, `nn.Module` or a list of them, *optional*): AsyPPO's ensemble (arXiv 2510.01656) in place of
-            the value model: model id, folder or token-classification module of a critic, used `num_critics` times, or
-            one per critic. They have their own optimizers, and `critics/` in every checkpoint. A prompt has one
-            response here, so each critic trains on its random share of the batch.
+            the value model: model id, folder or module of a critic (TRL's value model is one), used `num_critics`
+            times, or one per critic. They have their own optimizers, and `critics/` in every checkpoint. A prompt has
+            one response here, so each critic trains on its random share of the batch.
         critic_peft_config (`peft.PeftConfig`, *optional*): Trains the critics as adapters.
         processing_class, model, ref_model, reward_model, train_dataset, data_collator, eval_dataset, optimizers,
             callbacks, peft_config: As in TRL.
@@ -89,6 +90,8 @@ class EntropyPPOTrainer(PPOLoop):
         if critics is not None:
             sources = critic_sources(critics, self.controls.num_critics, processing_class, self.args.batch_size)
             self.critics = load_critics(sources, self.controls, self.args, self.accelerator.device, critic_peft_config)
+        if self.controls.ratio_controls:
+            warn_of_dropout(self.policy_model, self.controls.ratio_controls)
         self.engine = self._start_vllm() if self.controls.use_vllm else None
 
     def _start_vllm(self) -> Any:

@@ -4,7 +4,7 @@ import math
 import warnings
 from dataclasses import dataclass, field
 
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 PPO_CLIP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """TRL's loss types that clip the importance ratio as PPO does."""
@@ -110,6 +110,11 @@ class EntropyControls:
     @property
     def epo_enabled(self) -> bool:
         return self.epo_coef != 0.0
+
+    @property
+    def ratio_controls(self) -> str:
+        """The controls that are on and compare the new policy with the old one, in words; empty for none."""
+        return " and ".join(name for name, on in (("ERC", self.erc_enabled), ("CE-GPPO", self.ce_gppo_enabled)) if on)
 
     @property
     def erc_bounds(self) -> tuple[float, float] | None:
@@ -221,15 +226,20 @@ class EntropyGRPOConfig(EntropyControls, GRPOConfig):
         """Upper half-width of the clip range: `epsilon_high`, or `epsilon` where that is not set."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
+    @property
+    def loss_is_hidden(self) -> bool:
+        """Whether `use_liger_kernel` takes the loss to where no control reaches it: TRL below 1.14 has such a loss."""
+        return self.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_controls()
         self._check_positive_nll()
         self._check_recording()
-        if self.any_control_enabled and self.use_liger_kernel:
+        if self.any_control_enabled and self.loss_is_hidden:
             raise ValueError(
-                "use_liger_kernel=True computes the loss inside a fused kernel that no entropy control can reach. Set "
-                "use_liger_kernel=False."
+                "use_liger_kernel=True computes the loss inside a fused kernel that no entropy control can reach, on "
+                "TRL 1.12 and 1.13. Set use_liger_kernel=False, or install TRL 1.14 or newer."
             )
         self._warn_if_on_policy()
 
@@ -273,18 +283,17 @@ class EntropyGRPOConfig(EntropyControls, GRPOConfig):
     def _check_recording(self) -> None:
         if self.record_tokens < 0:
             raise ValueError(f"record_tokens={self.record_tokens} must be at least 0; 0 is off, 256 a good number.")
-        if self.recording_enabled and self.use_liger_kernel:
+        if self.recording_enabled and self.loss_is_hidden:
             raise ValueError(
-                f"record_tokens={self.record_tokens} with use_liger_kernel=True: the loss is computed inside a fused "
-                "kernel, where there are no tokens to record. Set use_liger_kernel=False, or record_tokens=0."
+                f"record_tokens={self.record_tokens} with use_liger_kernel=True: on TRL 1.12 and 1.13 the loss is "
+                "computed inside a fused kernel, where there are no tokens to record. Set use_liger_kernel=False, or "
+                "record_tokens=0, or install TRL 1.14 or newer."
             )
 
     def _warn_if_on_policy(self) -> None:
         updates = self.steps_per_generation * self.num_iterations
-        if (self.erc_enabled or self.ce_gppo_enabled) and self.gradient_accumulation_steps % updates == 0:
-            methods = " and ".join(
-                name for name, on in (("ERC", self.erc_enabled), ("CE-GPPO", self.ce_gppo_enabled)) if on
-            )
+        if self.ratio_controls and self.gradient_accumulation_steps % updates == 0:
+            methods = self.ratio_controls
             warnings.warn(
                 f"{methods} will do nothing: with steps_per_generation={self.steps_per_generation}, num_iterations="
                 f"{self.num_iterations} and gradient_accumulation_steps={self.gradient_accumulation_steps}, every "

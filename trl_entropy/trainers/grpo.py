@@ -24,6 +24,7 @@ from ..telemetry.recorder import RecorderCallback, TokenRecorder, Update
 from .card import add_methods
 from .config import EntropyGRPOConfig
 from .contact import GRPOContact, LossCall, loss_mask
+from .dropout import warn_of_dropout
 
 RECORDED_SETTINGS = (
     "erc_low",
@@ -56,6 +57,8 @@ class EntropyGRPOTrainer(GRPOContact):
         self._entropy_history = EntropyHistory()
         super().__init__(*args, **kwargs)
         self._recorder = self._make_recorder() if self.recording else None
+        if isinstance(self.args, EntropyGRPOConfig) and self.args.ratio_controls:
+            warn_of_dropout(self.model, self.args.ratio_controls)
 
     @property
     def recording(self) -> bool:
@@ -85,7 +88,7 @@ class EntropyGRPOTrainer(GRPOContact):
             return False
         if self.recording:
             return True
-        return self.args.any_control_enabled or (self.rollout_func is not None and not self.args.use_liger_kernel)
+        return self.args.any_control_enabled or (self.rollout_func is not None and not self.args.loss_is_hidden)
 
     @property
     def wants_old_entropies(self) -> bool:
