@@ -162,7 +162,7 @@ class ExactResume(GRPOTrainer):
         own, known = self._on_all_processes(own, state is not None)
         if state is not None and known:
             self.load_control_state(state["controls"], own=own)
-            reason = reason or self._other_settings(state, checkpoint)
+            reason = self._other_settings(state, checkpoint) or reason
         if state is not None and own and reason is None:
             self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
         elif state is None or state["buffered_inputs"] is not None:
