@@ -194,14 +194,17 @@ def test_a_damaged_rollout_is_made_anew(make_trainer, tmp_path, damage):
     assert resumed.state.global_step == 6
 
 
-def test_the_schedule_of_epo_goes_by_the_position_under_the_new_schedule(make_trainer, tmp_path):
-    """Steps 4 to 6 with two steps a rollout are in the second and third of 3 rollouts, so k_mid is 1."""
+@pytest.mark.parametrize(("steps", "rollouts", "finished"), [(2, (1, 2, 2), 2), (8, (0, 0, 0), 1)])
+def test_the_schedule_of_epo_goes_by_the_position_under_the_new_schedule(
+    make_trainer, tmp_path, steps, rollouts, finished
+):
+    """Of six steps, the last three: with two a rollout in the second and third of 3, with eight in the only one."""
     settings = SAVED | {"epo_coef": 0.01}
     make_trainer(tmp_path / "run", **settings).train()
-    resumed = make_trainer(tmp_path / "run", **settings | {"steps_per_generation": 2})
+    resumed = make_trainer(tmp_path / "run", **settings | {"steps_per_generation": steps})
     with pytest.warns(UserWarning, match="generated anew"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    expected = [1 + math.exp(-3 * k) for k in (1, 2, 2)]
-    assert logged(resumed, "epo/beta")[-3:] == pytest.approx(expected, rel=1e-6)
-    # the first three steps' part of the old rollout, and the new one of step 4; that of 5 and 6 runs
-    assert len(resumed._entropy_history) == 2
+    # k_mid is 1 for 3 rollouts, and for 1
+    assert logged(resumed, "epo/beta")[-3:] == pytest.approx([1 + math.exp(-3 * k) for k in rollouts], rel=1e-6)
+    # the part of the old rollout that was trained on, and with two steps a rollout that of step 4
+    assert len(resumed._entropy_history) == finished
