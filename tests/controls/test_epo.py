@@ -164,12 +164,13 @@ def test_history_survives_saving_with_a_step_under_way(tmp_path):
     assert len(whole) == 2
 
 
-def test_counts_do_not_end_in_bfloat16():
-    # 1,000 tokens of one turn; counted in bfloat16 they are 256
-    mask = torch.ones(1, 1000, dtype=torch.bool)
-    weights = trajectory_weights(mask, turn_indices(mask), torch.bfloat16)
-    assert weights.dtype == torch.bfloat16
-    assert weights[0, 0].item() == pytest.approx(1e-3, rel=4e-3)
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.bfloat16, 1000), (torch.float16, 70_000)])
+def test_counts_do_not_end_in_16_bits(dtype, tokens):
+    # one turn; counted in bfloat16 it ends at 256 where sums are not kept wider, in float16 at infinity
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    weights = trajectory_weights(mask, turn_indices(mask), dtype)
+    assert weights.dtype == dtype
+    assert weights[0, 0].item() == pytest.approx(1 / tokens, rel=4e-3)
 
 
 @pytest.mark.parametrize("form", ["hinge", "indicator"])
@@ -193,10 +194,10 @@ def test_bfloat16_entropies_give_the_loss_of_the_same_numbers_in_float32(form):
 
 
 def test_history_leaves_out_what_is_no_number():
-    # the turns stay those of the mask: the second turn's 4 is in the second place
+    # the turns stay those of the mask: 1 and 3 are one turn, and the second one's 5 is in the second place
     history = EntropyHistory()
-    history.add(torch.tensor([[1.0, math.nan, 9.0, 4.0]]), torch.tensor([[True, True, False, True]]))
+    history.add(torch.tensor([[1.0, math.nan, 3.0, 9.0, 5.0]]), torch.tensor([[True, True, True, False, True]]))
     history.add(torch.tensor([[math.inf]]), torch.tensor([[True]]))
     history.finish_step(identity)
-    assert history.steps == [2.5]
-    assert history.turn_steps == [[1.0, 4.0]]
+    assert history.steps == [3.0]
+    assert history.turn_steps == [[2.0, 5.0]]

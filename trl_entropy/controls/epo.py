@@ -37,7 +37,8 @@ def trajectory_weights(mask: Tensor, turns: Tensor, dtype: torch.dtype) -> Tenso
     index, ones = turns.clamp(min=0), mask.long()
     turn_lengths = torch.zeros_like(ones).scatter_add_(1, index, ones)
     num_turns = (turn_lengths > 0).sum(1, keepdim=True)
-    return mask.to(dtype) / (turn_lengths.gather(1, index) * num_turns).clamp(min=1)
+    weights = in_float32(mask.to(dtype)) / (turn_lengths.gather(1, index) * num_turns).clamp(min=1)
+    return weights.to(dtype)
 
 
 def epo_beta(step: int, total_steps: int, *, gamma: float, schedule: str) -> float:
