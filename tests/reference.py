@@ -75,12 +75,23 @@ def advantage(b: Batch, i: int, t: int) -> float:
 
 
 def ratio(b: Batch, s: Settings, i: int, t: int) -> Tensor:
-    """r = pi / pi_old of one token, or of its whole sequence: the geometric mean over its valid tokens (GSPO)."""
+    """r = pi / pi_old of one token, or of its whole sequence: the geometric mean over its valid tokens (GSPO).
+
+    A token that ERC clips enters the ratio of its sequence as a constant.
+    """
     old = b.lp.detach() if b.lp_old is None else b.lp_old
     if s.level == "token":
         return torch.exp(b.lp[i, t] - old[i, t])
-    differences = [b.lp[i, u] - old[i, u] for j, u in valid_tokens(b) if j == i]
+    differences = []
+    for u in [u for j, u in valid_tokens(b) if j == i]:
+        constant = gates_the_ratio(s) and not keeps_gradient(b, s, i, u)
+        differences.append((b.lp[i, u].detach() if constant else b.lp[i, u]) - old[i, u])
     return torch.exp(torch.stack(differences).mean())
+
+
+def gates_the_ratio(s: Settings) -> bool:
+    """Whether ERC acts on the ratio of a sequence rather than on each token's own term."""
+    return s.level == "sequence" and s.loss_type != "cispo"
 
 
 def policy_term(r: Tensor, a: float, s: Settings) -> Tensor:
@@ -160,7 +171,7 @@ def token_losses(b: Batch, s: Settings) -> dict[tuple[int, int], Tensor]:
             term = -torch.clamp(r, max=s.eps_hi).detach() * a * b.lp[i, t]
         else:
             term = policy_term(r, a, s)
-        if not keeps_gradient(b, s, i, t):
+        if not gates_the_ratio(s) and not keeps_gradient(b, s, i, t):
             term = term.detach()
         if (i, t) not in selected or not off_policy_keep(b, s, i, t):
             term = term * 0.0
@@ -170,6 +181,21 @@ def token_losses(b: Batch, s: Settings) -> dict[tuple[int, int], Tensor]:
             term = term + s.beta * kl_term(b, s, i, t)
         losses[i, t] = term
     return losses
+
+
+def gspo_token_loss(b: Batch, s: Settings) -> Tensor:
+    """GSPO-token (arXiv 2507.18071, eq. 13) with the gate of ERC's authors: a clipped token's term is detached.
+
+    Each token has a ratio of its own, whose value is that of its sequence: `sg(r_seq) lp / sg(lp)` in the exponent.
+    """
+    losses = {}
+    for i, t in valid_tokens(b):
+        r = ratio(b, s, i, t).detach() * torch.exp(b.lp[i, t] - b.lp[i, t].detach())
+        term = policy_term(r, advantage(b, i, t), s)
+        losses[i, t] = term if keeps_gradient(b, s, i, t) else term.detach()
+        if s.beta:
+            losses[i, t] = losses[i, t] + s.beta * kl_term(b, s, i, t)
+    return aggregate(losses, b, s)
 
 
 def aggregate(losses: dict[tuple[int, int], Tensor], b: Batch, s: Settings) -> Tensor:

@@ -74,3 +74,12 @@ def test_metrics_count_valid_tokens_only():
     assert metrics["erc/clip_fraction"].totals().tolist() == [1.0, 2.0]
     assert metrics["erc/entropy_clipped"].totals().tolist() == [2.0, 1.0]
     assert metrics["erc/entropy_kept"].totals().tolist() == [1.0, 1.0]
+
+
+def test_a_shared_ratio_freezes_the_clipped_tokens():
+    before = tokens([1.0, -2.0, 3.0])
+    new = torch.tensor([[2.0, 1.0, math.nan]], dtype=torch.float64)
+    shaped, metrics = erc(before, new, torch.ones_like(new), low=0.95, high=1.05, sequence_ratio=True)
+    assert torch.equal(shaped.advantages, before.advantages)
+    assert shaped.frozen.tolist() == [[True, False, True]]
+    assert metrics["erc/clip_fraction"].totals().tolist() == [2.0, 3.0]

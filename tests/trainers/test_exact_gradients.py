@@ -116,8 +116,8 @@ def check(trainer: Any, s: Settings, b: Batch, inputs: dict[str, Tensor]) -> Non
             f"gradients of the {name} at {(~close).nonzero().tolist()}: {got[~close]}, not {want[~close]}"
         )
     assert loss.isfinite()
-    # ERC and the dual clip drop a constant that the papers leave in the reported loss.
-    if s.erc is None and (s.alphas is None or s.dual_clip is None):
+    # ERC on a token's term and the dual clip drop a constant that the papers leave in the reported loss.
+    if (s.erc is None or reference.gates_the_ratio(s)) and (s.alphas is None or s.dual_clip is None):
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-14)
 
 
@@ -143,13 +143,14 @@ def test_the_random_batches_reach_every_branch() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("controls", COMBINATIONS)
 def test_controls(build: Callable[..., Any], controls: str, level: str, loss_type: str, beta: float) -> None:
-    # CE-GPPO is refused with the bias correction of the KL term.
+    # Refused with the bias correction of the KL term: CE-GPPO, and ERC on the ratio of a sequence.
+    refused = "ce_gppo" in controls or ("erc" in controls and level == "sequence")
     s = replace(
         BASE,
         level=level,
         loss_type=loss_type,
         beta=beta,
-        kl_times_ratio=beta > 0 and "ce_gppo" not in controls,
+        kl_times_ratio=beta > 0 and not refused,
         **COMBINATIONS[controls],
     )
     trainer = build(s)
@@ -224,11 +225,39 @@ def test_erc_without_ppo_clipping(build: Callable[..., Any], controls: str, leve
     check(trainer, s, *random_batch(1, tools=True, per_token_advantages=True))
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("kl_times_ratio", [False, True])
-def test_kl_is_left_alone_by_erc(build: Callable[..., Any], kl_times_ratio: bool, level: str) -> None:
-    s = replace(BASE, level=level, beta=0.5, kl_times_ratio=kl_times_ratio, **ERC)
+@pytest.mark.parametrize(
+    ("level", "loss_type", "kl_times_ratio"),
+    [
+        ("token", "dapo", False),
+        ("token", "dapo", True),
+        ("sequence", "dapo", False),
+        ("sequence", "cispo", False),
+        ("sequence", "cispo", True),
+    ],
+)
+def test_kl_is_left_alone_by_erc(build: Callable[..., Any], level: str, loss_type: str, kl_times_ratio: bool) -> None:
+    s = replace(BASE, level=level, loss_type=loss_type, beta=0.5, kl_times_ratio=kl_times_ratio, **ERC)
     check(build(s), s, *random_batch(2))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("controls", "loss_type"),
+    [("erc", "sapo"), *((controls, loss_type) for controls in ("erc", "erc+ce_gppo") for loss_type in LOSS_TYPES)],
+)
+def test_erc_at_sequence_level_is_gspo_token_with_its_gate(
+    build: Callable[..., Any], controls: str, loss_type: str, beta: float
+) -> None:
+    """And without a KL term a clipped token gets exactly no gradient."""
+    s = replace(BASE, level="sequence", loss_type=loss_type, beta=beta, **COMBINATIONS[controls])
+    b, inputs = random_batch(3)
+    _, (found, _) = trainer_gradients(build(s), b, inputs)
+    expected, _ = gradients(reference.gspo_token_loss(b, s), b)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-16)
+    gated = [(i, t) for i, t in reference.valid_tokens(b) if not reference.keeps_gradient(b, s, i, t)]
+    assert len(gated) > 15
+    rows, columns = torch.tensor(gated).T
+    assert bool((found[rows, columns] == 0.0).all()) is (beta == 0.0)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -129,6 +129,10 @@ def test_losses_that_only_erc_can_gate(
     s = replace(
         BASE, level=level, loss_type=loss_type, beta=0.04, kl_times_ratio=kl_times_ratio, **COMBINATIONS[controls]
     )
+    if kl_times_ratio and s.erc and reference.gates_the_ratio(s):
+        with pytest.raises(ValueError, match="use_bias_correction_kl=False"):
+            build(s)
+        return
     trainer = build(s)
     for size in (100.0, 119.0, 1000.0):
         check(trainer, s, hostile_batch(size))

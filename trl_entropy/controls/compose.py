@@ -21,6 +21,7 @@ def clip_controls(
     ce_gppo_alphas: tuple[float, float] | None = None,
     erc_bounds: tuple[float, float] | None = None,
     delta: float | None = None,
+    constant_ratio: bool = False,
 ) -> tuple[PolicyTokens, dict[str, TokenMean]]:
     """Run those that are on in their order; the first reads the raw ratio, each later one what the one before left.
 
@@ -34,9 +35,12 @@ def clip_controls(
         ce_gppo_alphas: `(alpha1, alpha2)` of `ce_gppo`; `None` for off.
         erc_bounds: `(low, high)` of `erc`; `None` for off.
         delta: Dual clip, see `ce_gppo`.
+        constant_ratio: Whether the loss takes the importance ratio as a constant weight (CISPO), so that each token's
+            gradient is that of its own term at sequence level too.
 
     Returns:
-        The micro-batch with shaped `advantages` and `old_logps`, and the metrics.
+        The micro-batch with shaped `advantages` and `old_logps`, `frozen` tokens where ERC clips at sequence level,
+        and the metrics.
 
     Raises:
         KeyError: If ERC is on and `old_entropies` is `None`.
@@ -60,6 +64,13 @@ def clip_controls(
                 "ERC needs the rollout's entropies: the micro-batch has `old_per_token_logps` and no "
                 "`old_entropies`. Let the trainer make the rollout, or add them."
             )
-        tokens, added = erc(tokens, entropies, old_entropies, low=erc_bounds[0], high=erc_bounds[1])
+        tokens, added = erc(
+            tokens,
+            entropies,
+            old_entropies,
+            low=erc_bounds[0],
+            high=erc_bounds[1],
+            sequence_ratio=level == "sequence" and not constant_ratio,
+        )
         metrics |= added
     return tokens, metrics

@@ -1,5 +1,7 @@
 """ERC: clipping by the entropy ratio of the new and the old policy (arXiv 2512.05591)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -27,14 +29,25 @@ def entropy_ratio(entropies: Tensor, old_entropies: Tensor) -> Tensor:
 
 
 def erc(
-    tokens: PolicyTokens, entropies: Tensor, old_entropies: Tensor, *, low: float, high: float
+    tokens: PolicyTokens,
+    entropies: Tensor,
+    old_entropies: Tensor,
+    *,
+    low: float,
+    high: float,
+    sequence_ratio: bool = False,
 ) -> tuple[PolicyTokens, dict[str, TokenMean]]:
     """Keep a token's policy gradient iff `low < rho < high` (arXiv 2512.05591).
 
     A clipped token's advantage becomes 0, so its term of the policy loss has neither value nor gradient; KL and
     entropy terms are not touched. (The released code detaches the term instead, which leaves its value in the reported
-    loss; the gradient is the same.) At sequence level the clipped tokens' terms leave the sequence's sum; the ratio of
-    the sequence is that of all its tokens, as in GSPO.
+    loss; the gradient is the same.)
+
+    With one differentiable ratio for a whole sequence (GSPO), every token's term moves every token of it, so a term
+    left out would still leave a gradient on the clipped token. There the token is `frozen` instead: its log-prob is a
+    constant in the sequence's ratio and its advantage stays. With one advantage per sequence these are the gradients
+    of GSPO-token (arXiv 2507.18071, eq. 13) with the authors' gate on each token's term; with an advantage per token,
+    a kept token's weight is the mean over the sequence, as in GSPO without ERC.
 
     Args:
         tokens: The micro-batch.
@@ -42,20 +55,19 @@ def erc(
         old_entropies: Nats, `(B, T)`.
         low: Lower bound of the entropy ratio, in [0, 1).
         high: Upper bound, above 1.
+        sequence_ratio: Whether the tokens of a sequence share one importance ratio that carries their gradient.
 
     Returns:
-        The micro-batch with shaped `advantages`, and the metrics.
+        The micro-batch with shaped `advantages`, or `frozen` tokens with `sequence_ratio`, and the metrics.
     """
     ratio = entropy_ratio(entropies, old_entropies)
     below, above = ratio <= low, ratio >= high
     # not (below | above): a NaN entropy is clipped rather than trained on
     kept = (ratio > low) & (ratio < high)
-    shaped = PolicyTokens(
-        logps=tokens.logps,
-        old_logps=tokens.old_logps,
-        advantages=torch.where(kept, tokens.advantages, 0.0),
-        mask=tokens.mask,
-    )
+    if sequence_ratio:
+        shaped = replace(tokens, frozen=tokens.mask & ~kept)
+    else:
+        shaped = replace(tokens, advantages=torch.where(kept, tokens.advantages, 0.0))
     clipped, current = tokens.mask & ~kept, entropies.detach()
     return shaped, {
         "erc/clip_fraction": TokenMean(clipped, tokens.mask),

@@ -20,6 +20,8 @@ class PolicyTokens:
         old_logps: The same under the policy that produced the rollout, `(B, T)`.
         advantages: Advantage of each token, `(B, T)`.
         mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
+        frozen: True for tokens whose log-prob enters the sequence's importance ratio as a constant, bool `(B, T)`;
+            `None` for none.
 
     Raises:
         ValueError: If the shapes differ.
@@ -29,9 +31,10 @@ class PolicyTokens:
     old_logps: Tensor
     advantages: Tensor
     mask: Tensor
+    frozen: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shapes = {name: tuple(value.shape) for name, value in vars(self).items()}
+        shapes = {name: tuple(value.shape) for name, value in vars(self).items() if value is not None}
         if len(set(shapes.values())) != 1:
             raise ValueError(f"The tensors of a micro-batch must all have shape (B, T), got {shapes}.")
 

@@ -250,6 +250,13 @@ class EntropyGRPOConfig(EntropyControls, GRPOConfig):
                 f"erc_low={self.erc_low}, erc_high={self.erc_high} cannot be used with loss_type={self.loss_type!r}, "
                 f"whose weights couple the tokens of a sequence. Set loss_type to one of {', '.join(ERC_LOSSES)}."
             )
+        shared_ratio = self.importance_sampling_level == "sequence" and self.loss_type != "cispo"
+        if self.erc_enabled and shared_ratio and self.beta != 0.0 and self.use_bias_correction_kl:
+            raise ValueError(
+                f"beta={self.beta} with use_bias_correction_kl=True multiplies the KL term by the importance ratio of "
+                "the sequence, in which ERC makes constants of the tokens it clips. Set use_bias_correction_kl=False, "
+                "or beta=0."
+            )
 
     def _check_ce_gppo(self) -> None:
         super()._check_ce_gppo()

@@ -27,6 +27,7 @@ class LossCall:
         mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
         forward_done: Whether the forward pass has been made; only then are there the two below.
         logps: Log-probs of the sampled tokens, with their graph, `(B, T)`.
+        loss_logps: The same values as TRL's loss reads them: without a graph where a token is a constant to it.
         entropies: Entropies of the policy being trained, nats, `(B, T)`.
         bonus_entropies: The same values as entropy bonuses read them: without a graph where a token gets no bonus.
         metrics: What the controls counted.
@@ -36,6 +37,7 @@ class LossCall:
     mask: Tensor
     forward_done: bool = False
     logps: Tensor = field(init=False)
+    loss_logps: Tensor = field(init=False)
     entropies: Tensor = field(init=False)
     bonus_entropies: Tensor = field(init=False)
     metrics: dict[str, TokenMean] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class GRPOContact(ExactResume):
         """
 
     def on_forward(self, call: LossCall) -> None:
-        """Shape `call.inputs` and `call.bonus_entropies` before TRL's loss reads them."""
+        """Shape `call.inputs`, `call.loss_logps` and `call.bonus_entropies` before TRL's loss reads them."""
 
     def added_loss(self, call: LossCall) -> Tensor | None:
         """A scalar to add to TRL's loss, or `None`."""
@@ -134,9 +136,10 @@ class GRPOContact(ExactResume):
         if forwards is not None:
             forwards.append((logps, entropies))
         if call is not None and not call.forward_done:
-            call.forward_done, call.logps, call.entropies, call.bonus_entropies = True, logps, entropies, entropies
+            call.forward_done, call.logps, call.loss_logps = True, logps, logps
+            call.entropies = call.bonus_entropies = entropies
             self.on_forward(call)
-            result = (logps, call.bonus_entropies, *result[2:])
+            result = (call.loss_logps, call.bonus_entropies, *result[2:])
         return result
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

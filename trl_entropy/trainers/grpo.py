@@ -168,9 +168,21 @@ class EntropyGRPOTrainer(GRPOContact):
             ce_gppo_alphas=self.args.ce_gppo_alphas,
             erc_bounds=self.args.erc_bounds,
             delta=self.args.delta,
+            constant_ratio=self.args.loss_type == "cispo",
         )
         inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
+        if shaped.frozen is not None:
+            self._freeze(call, shaped.frozen)
         self._count(call, metrics)
+
+    @torch.enable_grad()
+    def _freeze(self, call: LossCall, frozen: Tensor) -> None:
+        """Make these log-probs constants of the ratio; the KL term, which reads `ref - lp`, keeps its gradient."""
+        logps, inputs = call.logps, call.inputs
+        call.loss_logps = torch.where(frozen, logps.detach(), logps)
+        if self.beta != 0.0:
+            attached = inputs["ref_per_token_logps"] - (logps - logps.detach())
+            inputs["ref_per_token_logps"] = torch.where(frozen, attached, inputs["ref_per_token_logps"])
 
     def _count(self, call: LossCall, metrics: Mapping[str, TokenMean]) -> None:
         call.metrics.update(metrics)
