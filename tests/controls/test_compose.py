@@ -43,3 +43,19 @@ def test_erc_gates_what_ce_gppo_has_given_back() -> None:
 def test_erc_without_the_rollouts_entropies_is_refused() -> None:
     with pytest.raises(KeyError, match="old_entropies"):
         clip_controls(tokens([0.0], [1.0]), torch.ones(1, 1), None, **LEVEL, erc_bounds=(0.95, 1.05))
+
+
+def test_the_floor_and_the_level_reach_erc() -> None:
+    before, new, old = tokens([0.0, 0.0], [1.0, 1.0]), torch.tensor([[0.02, 2.0]]), torch.tensor([[0.01, 1.0]])
+    erc = {"erc_bounds": (0.9, 1.1), "erc_entropy_floor": 0.1}
+    after, _ = clip_controls(before, new, old, **LEVEL, **erc)
+    assert after.advantages.tolist() == [[1.0, 0.0]]
+    assert after.frozen is None
+    sequence = {**LEVEL, **erc, "level": "sequence"}
+    after, _ = clip_controls(before, new, old, **sequence)
+    assert after.advantages.tolist() == [[1.0, 1.0]]
+    assert after.frozen is not None
+    assert after.frozen.tolist() == [[False, True]]
+    after, _ = clip_controls(before, new, old, **sequence, constant_ratio=True)
+    assert after.advantages.tolist() == [[1.0, 0.0]]
+    assert after.frozen is None

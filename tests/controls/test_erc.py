@@ -83,3 +83,18 @@ def test_a_shared_ratio_freezes_the_clipped_tokens():
     assert torch.equal(shaped.advantages, before.advantages)
     assert shaped.frozen.tolist() == [[True, False, True]]
     assert metrics["erc/clip_fraction"].totals().tolist() == [2.0, 3.0]
+
+
+def test_floor_by_hand():
+    # (0.02 + 0.1) / (0.01 + 0.1) = 1.0909 where the paper's floor gives 2; (1.2 + 0.1) / (1 + 0.1) = 1.1818
+    new, old = torch.tensor([[0.02, 1.2]], dtype=torch.float64), torch.tensor([[0.01, 1.0]], dtype=torch.float64)
+    assert entropy_ratio(new, old, 0.1).tolist() == [[pytest.approx(0.12 / 0.11), pytest.approx(1.3 / 1.1)]]
+    assert entropy_ratio(new, old).tolist() == [[pytest.approx(2.0), pytest.approx(1.2)]]
+    shaped, _ = erc(tokens([1.0, 1.0]), new, old, low=0.9, high=1.1, floor=0.1)
+    assert shaped.advantages.tolist() == [[1.0, 0.0]]
+
+
+def test_a_floor_of_zero_takes_two_entropies_of_zero_for_unchanged():
+    zero = torch.zeros(1, 2, dtype=torch.float64)
+    assert entropy_ratio(zero, zero, 0.0).tolist() == [[1.0, 1.0]]
+    assert entropy_ratio(zero + 0.5, zero, 0.0).isinf().all()

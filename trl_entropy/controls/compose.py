@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .ce_gppo import ce_gppo
-from .erc import erc
+from .erc import ENTROPY_FLOOR, erc
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight, ratio_of
 from .tokens import PolicyTokens, TokenMean
 
@@ -20,6 +20,7 @@ def clip_controls(
     eps_high: float,
     ce_gppo_alphas: tuple[float, float] | None = None,
     erc_bounds: tuple[float, float] | None = None,
+    erc_entropy_floor: float = ENTROPY_FLOOR,
     delta: float | None = None,
     constant_ratio: bool = False,
 ) -> tuple[PolicyTokens, dict[str, TokenMean]]:
@@ -34,6 +35,7 @@ def clip_controls(
         eps_high: See `eps_low`.
         ce_gppo_alphas: `(alpha1, alpha2)` of `ce_gppo`; `None` for off.
         erc_bounds: `(low, high)` of `erc`; `None` for off.
+        erc_entropy_floor: Its floor, nats.
         delta: Dual clip, see `ce_gppo`.
         constant_ratio: Whether the loss takes the importance ratio as a constant weight (CISPO), so that each token's
             gradient is that of its own term at sequence level too.
@@ -70,6 +72,7 @@ def clip_controls(
             old_entropies,
             low=erc_bounds[0],
             high=erc_bounds[1],
+            floor=erc_entropy_floor,
             sequence_ratio=level == "sequence" and not constant_ratio,
         )
         metrics |= added

@@ -8,16 +8,18 @@ from torch import Tensor
 from .tokens import PolicyTokens, TokenMean
 
 ENTROPY_FLOOR = 1e-8
+"""Nats; the paper's."""
 
 
-def entropy_ratio(entropies: Tensor, old_entropies: Tensor) -> Tensor:
-    """`rho = (H + 1e-8) / (H_old + 1e-8)` (arXiv 2512.05591), without an autograd graph.
+def entropy_ratio(entropies: Tensor, old_entropies: Tensor, floor: float = ENTROPY_FLOOR) -> Tensor:
+    """`rho = (H + floor) / (H_old + floor)`, in arXiv 2512.05591 with a floor of 1e-8, without an autograd graph.
 
     Where both entropies are below 1e-8 nats their ratio is rounding noise: it counts as 1, unchanged.
 
     Args:
         entropies: Full-vocabulary entropy of the policy being trained, nats, `(B, T)`.
         old_entropies: The same of the policy that produced the rollout, `(B, T)`.
+        floor: Nats, at least 0. With one well above the entropy, the ratio measures the change in units of the floor.
 
     Returns:
         `(B, T)`.
@@ -25,7 +27,12 @@ def entropy_ratio(entropies: Tensor, old_entropies: Tensor) -> Tensor:
     # Rounding can make the entropy of a certain token slightly negative.
     new, old = entropies.detach().clamp(min=0.0), old_entropies.detach().clamp(min=0.0)
     unchanged = (new < ENTROPY_FLOOR) & (old < ENTROPY_FLOOR)
-    return torch.where(unchanged, 1.0, (new + ENTROPY_FLOOR) / (old + ENTROPY_FLOOR))
+    return torch.where(unchanged, 1.0, (new + floor) / (old + floor))
+
+
+def inside_bounds(ratio: Tensor, low: float, high: float) -> Tensor:
+    """True where ERC keeps a token, `low < ratio < high`; a NaN entropy is clipped rather than trained on."""
+    return (ratio > low) & (ratio < high)
 
 
 def erc(
@@ -35,6 +42,7 @@ def erc(
     *,
     low: float,
     high: float,
+    floor: float = ENTROPY_FLOOR,
     sequence_ratio: bool = False,
 ) -> tuple[PolicyTokens, dict[str, TokenMean]]:
     """Keep a token's policy gradient iff `low < rho < high` (arXiv 2512.05591).
@@ -55,15 +63,14 @@ def erc(
         old_entropies: Nats, `(B, T)`.
         low: Lower bound of the entropy ratio, in [0, 1).
         high: Upper bound, above 1.
+        floor: Of `entropy_ratio`, nats.
         sequence_ratio: Whether the tokens of a sequence share one importance ratio that carries their gradient.
 
     Returns:
         The micro-batch with shaped `advantages`, or `frozen` tokens with `sequence_ratio`, and the metrics.
     """
-    ratio = entropy_ratio(entropies, old_entropies)
-    below, above = ratio <= low, ratio >= high
-    # not (below | above): a NaN entropy is clipped rather than trained on
-    kept = (ratio > low) & (ratio < high)
+    ratio = entropy_ratio(entropies, old_entropies, floor)
+    below, above, kept = ratio <= low, ratio >= high, inside_bounds(ratio, low, high)
     if sequence_ratio:
         shaped = replace(tokens, frozen=tokens.mask & ~kept)
     else:

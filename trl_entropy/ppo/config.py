@@ -14,7 +14,7 @@ class PPOControls(EntropyControls):
     """The fields that [`EntropyPPOConfig`] adds to TRL's; built without arguments, everything is off.
 
     Args:
-        erc_low, erc_high, ce_gppo_alpha1, ce_gppo_alpha2, epo_* (*optional*):
+        erc_*, ce_gppo_alpha1, ce_gppo_alpha2, epo_* (*optional*):
             See [`EntropyControls`]. CE-GPPO's clip range is `1 -+ cliprange`; EPO's RL step is one rollout, and its
             means are over the completions of a micro-batch.
         entropy_coef (`float`, *optional*, defaults to `0.0`):

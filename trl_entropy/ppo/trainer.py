@@ -212,6 +212,7 @@ class EntropyPPOTrainer(PPOLoop):
             eps_high=self.args.cliprange,
             ce_gppo_alphas=controls.ce_gppo_alphas,
             erc_bounds=controls.erc_bounds,
+            erc_entropy_floor=controls.erc_entropy_floor,
         )
         if self.critics is not None:
             tokens, added = self._mask_advantages(tokens, entropies, call.inputs)

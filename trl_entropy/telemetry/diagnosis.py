@@ -29,6 +29,8 @@ MAX_SWINGS = 3
 """One swing up and one back happen in healthy runs; four are an oscillation."""
 MOSTLY_CLIPPED = 0.5
 """Above a half, more tokens lose their gradient than keep it; ERC's paper reports 0.2, PPO-clip's share is 0.0002."""
+MUCH_ROUNDING = 0.25
+"""Above a quarter of what ERC clips, too much of it is chance for the gate to measure the policy."""
 REWARD_LOST_SHARE = 0.2
 """Reward below a fifth of its best window: what was learnt is lost, which noise does not do."""
 GRADIENT_GROWTH = 2.0
@@ -205,6 +207,23 @@ def clip_removes_most(log_history: LogHistory) -> Finding | None:
     return None
 
 
+def clip_is_rounding(log_history: LogHistory) -> Finding | None:
+    """More than `MUCH_ROUNDING` of what ERC clips leaves its bounds by rounding alone."""
+    clipped, rounding = _enough(log_history, "erc/clip_fraction"), finite_values(log_history, "erc/rounding_fraction")
+    if not clipped or not rounding:
+        return None
+    share, by_rounding = _ends(clipped)[1], fmean(rounding[-WINDOW:])
+    if not by_rounding > MUCH_ROUNDING * share > 0.0:
+        return None
+    return Finding(
+        "clip_is_rounding",
+        f"ERC clips {share:.1%} of the tokens, and {by_rounding:.1%} leave its bounds by rounding alone, with "
+        "the same weights: much of what it drops is chance.",
+        "Try fp16=True in place of bf16=True, which rounds 8 times finer at the same cost, cast_lm_head_to_fp32=True, "
+        "or erc_entropy_floor=0.1; float32 has none of it.",
+    )
+
+
 def ce_gppo_runaway(log_history: LogHistory) -> Finding | None:
     """The reward is lost while the gradient norm grows, and CE-GPPO is on."""
     rewards, norms = _enough(log_history, "reward"), _enough(log_history, "grad_norm")
@@ -267,6 +286,7 @@ RULES: tuple[Callable[[LogHistory], Finding | None], ...] = (
     entropy_oscillation,
     clip_never_acts,
     clip_removes_most,
+    clip_is_rounding,
     critic_explains_nothing,
     groups_without_variance,
 )

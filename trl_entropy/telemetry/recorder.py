@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..controls import TokenMean, clipped_by_ppo, entropy_ratio, log_importance_weight
+from ..controls import ENTROPY_FLOOR, TokenMean, clipped_by_ppo, entropy_ratio, log_importance_weight
 from ..controls.epo import turn_indices
 from ..controls.importance import ratio_of
 from .record import COUNTS, FLAGS, FLOATS, FOLDER, cut_after, write_rows
@@ -112,6 +112,7 @@ class TokenRecorder:
         seed: Seeds the choice of tokens.
         level: `importance_sampling_level`.
         clip_range: `eps_low` and `eps_high`.
+        entropy_floor: Floor of the entropy ratio, nats.
     """
 
     def __init__(
@@ -126,10 +127,11 @@ class TokenRecorder:
         seed: int,
         level: str,
         clip_range: Mapping[str, float],
+        entropy_floor: float = ENTROPY_FLOOR,
     ) -> None:
         self._folder, self._num_tokens, self._settings = Path(run_folder, FOLDER), num_tokens, settings
         self._process, self._num_processes, self._seed = process, num_processes, seed
-        self._level, self._clip_range = level, clip_range
+        self._level, self._clip_range, self._entropy_floor = level, clip_range, entropy_floor
         self._tokenizer, self._texts = tokenizer, dict[int, str]()
         self._generator: torch.Generator | None = None
         self._blocks: list[tuple[dict[str, int], Tensor]] = []
@@ -214,7 +216,7 @@ class TokenRecorder:
             "H": update.entropies,
             "A": advantages,
             "ratio": ratio,
-            "entropy_ratio": entropy_ratio(update.entropies, old_entropies),
+            "entropy_ratio": entropy_ratio(update.entropies, old_entropies, self._entropy_floor),
             "written": mask,
             "ppo_low": low,
             "ppo_high": high,

@@ -7,7 +7,7 @@ from .config import EntropyGRPOConfig
 METHODS = {
     "ERC": (
         "erc_enabled",
-        ("erc_low", "erc_high"),
+        ("erc_low", "erc_high", "erc_entropy_floor"),
         "Entropy Ratio Clipping as a Soft Global Constraint for Stable Reinforcement Learning",
         "2512.05591",
     ),

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig, GRPOTrainer
 
+from ..controls import ENTROPY_FLOOR
+
 PPO_CLIP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """TRL's loss types that clip the importance ratio as PPO does."""
 ERC_LOSSES = (*PPO_CLIP_LOSSES, "cispo", "sapo")
@@ -28,6 +30,9 @@ class EntropyControls:
             `(H + 1e-8) / (H_old + 1e-8)` is above this bound, in [0, 1). Set with `erc_high`. Published: 0.95.
         erc_high (`float`, *optional*):
             ERC: and only while the ratio is below this bound, above 1. Published: 1.05.
+        erc_entropy_floor (`float`, *optional*, defaults to `1e-8`):
+            ERC: what is added to both entropies of the ratio, nats, at least 0. Published: 1e-8. A larger one lets
+            tokens of less entropy than that change freely, whose ratio is mostly rounding in bfloat16.
         ce_gppo_alpha1 (`float`, *optional*):
             CE-GPPO (arXiv 2509.20712): share of the gradient given back to tokens clipped below the trust region
             (`A < 0`, `r < 1 - epsilon`), at least 0. Set together with `ce_gppo_alpha2`. Published: 0.75 (7B), 0.5
@@ -66,6 +71,10 @@ class EntropyControls:
     )
     erc_high: float | None = field(
         default=None, metadata={"help": "ERC: upper bound of the entropy ratio, above 1. Published: 1.05."}
+    )
+    erc_entropy_floor: float = field(
+        default=ENTROPY_FLOOR,
+        metadata={"help": "ERC: added to both entropies of the ratio, nats. Published: 1e-8."},
     )
     ce_gppo_alpha1: float | None = field(
         default=None,
@@ -135,6 +144,7 @@ class EntropyControls:
 
     def _check_erc(self) -> None:
         low, high = self.erc_low, self.erc_high
+        self._check_not_negative("erc_entropy_floor", "1e-8")
         if low is None and high is None:
             return
         if low is None or high is None:
@@ -181,7 +191,7 @@ class EntropyGRPOConfig(EntropyControls, GRPOConfig):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
 
     Args:
-        erc_low, erc_high, ce_gppo_alpha1, ce_gppo_alpha2, epo_* (*optional*):
+        erc_*, ce_gppo_alpha1, ce_gppo_alpha2, epo_* (*optional*):
             See [`EntropyControls`].
         positive_nll_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the token-mean negative log-likelihood of the correct completions that is added to the loss

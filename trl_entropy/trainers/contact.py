@@ -5,13 +5,14 @@ afterwards. `compute_loss` hands it a shallow copy of the inputs, and the overri
 controls decide into that copy, so TRL's loss does the rest. No line of that loss is repeated here.
 """
 
+import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import trl
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..controls import TokenMean
 from .masked_vocabulary import finite_logits
@@ -49,6 +50,25 @@ def loss_mask(inputs: dict[str, Any]) -> Tensor:
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
+@dataclass(frozen=True)
+class RolloutForward:
+    """A forward pass over a rollout, before its first update.
+
+    Attributes:
+        logps: Log-probs of the sampled tokens, `(B, T)`.
+        entropies: Nats, `(B, T)`.
+        repeated: Indices of the rows whose pass was made again with more padding, and their entropies, `(rows, T)`.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    repeated: tuple[Tensor, Tensor] | None = None
+
+
+REPEAT_PADDING = 8
+"""Columns of padding before a repeated row: rotary positions move by as many, and with them every rounding."""
+
+
 class GRPOContact(ExactResume):
     """`trl.GRPOTrainer` with places for a subclass to act.
 
@@ -57,7 +77,7 @@ class GRPOContact(ExactResume):
     """
 
     _loss_call: LossCall | None = None
-    _rollout_forwards: list[tuple[Tensor, Tensor]] | None = None
+    _rollout_forwards: list[RolloutForward] | None = None
     _rewards_per_func: Tensor | None = None
     _entropy_bonus_enabled: bool
 
@@ -83,6 +103,13 @@ class GRPOContact(ExactResume):
             output: The rollout of this process.
             rewards: Weighted total reward of each of its completions, `(B,)`; NaN where no reward function scored it.
         """
+
+    def rows_to_repeat(self, num_rows: int) -> Tensor | None:
+        """Rows of a rollout of `num_rows` whose forward pass shall be made twice, the same number on every process."""
+        return None
+
+    def on_repeat(self, output: dict[str, Any], rows: Tensor, entropies: Tensor) -> None:
+        """Compare the entropies of a second pass over these rows with their `output["old_entropies"]`."""
 
     def on_forward(self, call: LossCall) -> None:
         """Shape `call.inputs`, `call.loss_logps` and `call.bonus_entropies` before TRL's loss reads them."""
@@ -134,13 +161,38 @@ class GRPOContact(ExactResume):
             self._entropy_bonus_enabled = bonus_enabled
         logps, entropies = result[:2]
         if forwards is not None:
-            forwards.append((logps, entropies))
+            # TRL's first is that of the policy; with LoRA the reference's comes later and is the same module
+            repeated = None if forwards else self._repeat_rows(model, *args, **kwargs)
+            forwards.append(RolloutForward(logps, entropies, repeated))
         if call is not None and not call.forward_done:
             call.forward_done, call.logps, call.loss_logps = True, logps, logps
             call.entropies = call.bonus_entropies = entropies
             self.on_forward(call)
             result = (call.loss_logps, call.bonus_entropies, *result[2:])
         return result
+
+    def _repeat_rows(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
+        """Some rows of a rollout's forward pass again, with more padding; no random number is drawn for good."""
+        forward = super()._get_per_token_logps_and_entropies
+        given = inspect.signature(forward).bind(model, *args, **kwargs).arguments
+        rows = self.rows_to_repeat(len(given["input_ids"]))
+        if rows is None:
+            return None
+        rows = rows.to(given["input_ids"].device)
+        padded = {
+            name: nn.functional.pad(given[name][rows], (REPEAT_PADDING, 0)) for name in ("input_ids", "attention_mask")
+        }
+        device = self.accelerator.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
+            _, entropies, *_ = forward(
+                model,
+                **padded,
+                logits_to_keep=given["logits_to_keep"],
+                batch_size=given.get("batch_size"),
+                compute_entropy=True,
+            )
+        return rows, entropies
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.controlled:
@@ -152,16 +204,19 @@ class GRPOContact(ExactResume):
             forwards, self._rollout_forwards = self._rollout_forwards, None
         old_logps = output.get("old_per_token_logps")
         if forwards is not None and old_logps is not None:
-            output["old_entropies"] = self._entropies_of(old_logps, forwards)
+            forward = self._forward_of(old_logps, forwards)
+            output["old_entropies"] = forward.entropies
+            if forward.repeated is not None:
+                self.on_repeat(output, *forward.repeated)
         self.on_rollout(output, self._local_rewards(len(output["completion_ids"])))
         return output
 
     @staticmethod
-    def _entropies_of(old_logps: Tensor, forwards: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """The entropies of the forward pass whose log-probs are, by identity, TRL's `old_per_token_logps`."""
-        for logps, entropies in forwards:
-            if logps is old_logps:
-                return entropies
+    def _forward_of(old_logps: Tensor, forwards: list[RolloutForward]) -> RolloutForward:
+        """The forward pass whose log-probs are, by identity, TRL's `old_per_token_logps`."""
+        for forward in forwards:
+            if forward.logps is old_logps:
+                return forward
         raise RuntimeError(
             f"TRL {trl.__version__} does not take `old_per_token_logps` from `_get_per_token_logps_and_entropies` as "
             "it is, so the rollout's entropies are unknown. Install a supported version of TRL."

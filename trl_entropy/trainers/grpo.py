@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, ProcessorMixin
 
 from ..controls import (
     EntropyHistory,
@@ -14,8 +15,10 @@ from ..controls import (
     TokenMean,
     bounded_old_logps,
     clip_controls,
+    entropy_ratio,
     epo,
     epo_beta,
+    inside_bounds,
     log_importance_weight,
     positive_nll,
 )
@@ -29,6 +32,7 @@ from .dropout import warn_of_dropout
 RECORDED_SETTINGS = (
     "erc_low",
     "erc_high",
+    "erc_entropy_floor",
     "ce_gppo_alpha1",
     "ce_gppo_alpha2",
     "advantage_mask_fraction",
@@ -36,6 +40,16 @@ RECORDED_SETTINGS = (
     "record_tokens",
 )
 """What the figures of the recorded tokens need to know of the configuration; `None` where it has no such field."""
+
+ROWS_PER_REPEAT = 32
+"""Of so many rows of a rollout one gets a second forward pass. A rollout costs each row five passes and more (one
+before the updates, a forward and a backward pass in them, and its generation), so this is at most 1/160 of it."""
+
+
+def has_rotary_positions(config: PretrainedConfig) -> bool:
+    """Whether padding before a row leaves the model's function as it is (learned positions would change)."""
+    text = config.get_text_config()
+    return any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
 
 
 class EntropyGRPOTrainer(GRPOContact):
@@ -77,6 +91,7 @@ class EntropyGRPOTrainer(GRPOContact):
             seed=self.args.seed,
             level=self.importance_sampling_level,
             clip_range={"eps_low": self.epsilon_low, "eps_high": self.epsilon_high},
+            entropy_floor=self.args.erc_entropy_floor,
         )
         self.add_callback(RecorderCallback(recorder, self.args.steps_per_generation * self.num_iterations))
         return recorder
@@ -110,6 +125,21 @@ class EntropyGRPOTrainer(GRPOContact):
         if self.recording:
             first = self.accelerator.process_index * len(rewards)
             output["completion_index"] = torch.arange(first, first + len(rewards), device=rewards.device)
+
+    def rows_to_repeat(self, num_rows: int) -> Tensor | None:
+        if not self.args.erc_enabled or self.mode != "train" or not has_rotary_positions(self.model.config):
+            return None
+        rollout = self._step // (self.args.steps_per_generation * self.num_iterations)
+        if isinstance(self.processing_class, ProcessorMixin) or rollout % math.ceil(ROWS_PER_REPEAT / num_rows):
+            return None
+        count = max(1, num_rows // ROWS_PER_REPEAT)
+        return torch.arange(count) * (num_rows // count)
+
+    def on_repeat(self, output: dict[str, Any], rows: Tensor, entropies: Tensor) -> None:
+        low, high = self.args.erc_low, self.args.erc_high
+        ratio = entropy_ratio(entropies, output["old_entropies"][rows], self.args.erc_entropy_floor)
+        outside = TokenMean(~inside_bounds(ratio, low, high), loss_mask(output)[rows])
+        self._token_means[self.mode].add({"erc/rounding_fraction": outside})
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
         return self.accelerator.reduce(self.accelerator.pad_across_processes(totals, dim=0))
@@ -167,6 +197,7 @@ class EntropyGRPOTrainer(GRPOContact):
             eps_high=self.epsilon_high,
             ce_gppo_alphas=self.args.ce_gppo_alphas,
             erc_bounds=self.args.erc_bounds,
+            erc_entropy_floor=self.args.erc_entropy_floor,
             delta=self.args.delta,
             constant_ratio=self.args.loss_type == "cispo",
         )
