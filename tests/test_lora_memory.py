@@ -74,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def lora_model(size: str, rank: int, **changes: int) -> Any:
-    """The policy as a recipe builds it, without memory: bfloat16 weights, a float32 adapter on all linear layers."""
+    """The policy as a recipe builds it, without memory: weights of 2 bytes, a float32 adapter on all linear layers."""
     shape = {**ARCHITECTURES[size], **changes}
     config = Qwen2Config(**shape, tie_word_embeddings=False, attn_implementation="sdpa")
     lora = peft.LoraConfig(r=rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -92,7 +92,7 @@ def parameters(size: str, rank: int) -> tuple[int, int]:
 
 
 def checkpoint_bytes(size: str, tokens: int) -> int:
-    """What gradient checkpointing keeps of one layer: its input, in bfloat16."""
+    """What gradient checkpointing keeps of one layer: its input, 2 bytes a number."""
     return 2 * tokens * ARCHITECTURES[size]["hidden_size"]
 
 
@@ -158,7 +158,7 @@ def block(name: str) -> str:
     )
     lines = f"""\
 # Memory in GiB{where} calculated from the architecture and not measured (tests/test_lora_memory.py):
-#   {weights:6.2f}  weights: {frozen:,} in bfloat16
+#   {weights:6.2f}  weights: {frozen:,} in {recipe["dtype"]}
 #   {adapter:6.2f}  adapter: {trained:,} x 16 bytes, its gradient and AdamW's two moments included, all float32
 #   {activations:6.2f}  activations, at {tokens} tokens: {inputs:.2f} of checkpoints, \
 the rest of the one layer in work; the LM

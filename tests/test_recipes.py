@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trl import ModelConfig
 
 from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
 from trl_entropy.commands import train
@@ -100,7 +101,12 @@ def test_klear_settings(name: str, tmp_path: Path) -> None:
     assert config.learning_rate == (1e-5 if model.use_peft else 1e-6)
     assert config.lr_scheduler_type == "constant_with_warmup"
     assert str(model.model_name_or_path).lower().endswith("7b" if "7b" in name else "1.5b")
+    # ERC's bounds are finer than bfloat16. LoRA's frozen weights have autocast's type: a mixture becomes float32
+    precision = "float16" if name.startswith("erc") else "bfloat16"
+    assert (config.fp16, config.bf16) == (precision == "float16", precision == "bfloat16")
+    assert model.dtype == (precision if model.use_peft else ModelConfig("x").dtype)
     if name.startswith("erc"):
+        assert config.erc_entropy_floor == 1e-8
         assert (config.erc_low, config.erc_high) == (0.95, 1.05)
         assert (config.epsilon, config.epsilon_high) == (0.2, 0.28)
         assert not config.ce_gppo_enabled
