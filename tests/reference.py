@@ -41,6 +41,7 @@ class Settings:
     eps_hi: float = 0.2
     dual_clip: float | None = None
     erc: tuple[float, float] | None = None
+    erc_floor: float = ENTROPY_FLOOR
     alphas: tuple[float, float] | None = None
     nll_coef: float = 0.0
     nll_min_reward: float = 1.0
@@ -127,7 +128,7 @@ def keeps_gradient(b: Batch, s: Settings, i: int, t: int) -> bool:
     new, old = b.entropy[i, t].item(), b.entropy_old[i, t].item()
     if new < ENTROPY_FLOOR and old < ENTROPY_FLOOR:
         return True  # two entropies of zero: their ratio is noise
-    rho = (new + ENTROPY_FLOOR) / (old + ENTROPY_FLOOR)
+    rho = (new + s.erc_floor) / (old + s.erc_floor)
     return s.erc[0] < rho < s.erc[1]
 
 

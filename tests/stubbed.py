@@ -34,6 +34,7 @@ def trainer_config(s: Settings) -> dict[str, Any]:
     }
     if s.erc is not None:
         config["erc_low"], config["erc_high"] = s.erc
+        config["erc_entropy_floor"] = s.erc_floor
     if s.alphas is not None:
         config["ce_gppo_alpha1"], config["ce_gppo_alpha2"] = s.alphas
     return config

@@ -73,7 +73,7 @@ def test_on_policy_schedule_warns_and_names_the_field(tmp_path, given, methods) 
 def test_fields_are_those_of_the_grpo_config_with_their_defaults() -> None:
     grpo, own = ({field.name: field.default for field in fields(cls)} for cls in (EntropyGRPOConfig, EntropyPPOConfig))
     controls = {name for name in grpo if name.startswith(("erc_", "ce_gppo_", "epo_"))}
-    assert len(controls) == 12
+    assert len(controls) == 13
     assert {name: own[name] for name in controls} == {name: grpo[name] for name in controls}
 
 

@@ -21,6 +21,7 @@ BONUS = {"entropy_coef": 0.3}
 COMBINATIONS: dict[str, dict[str, Any]] = {
     "ppo_clip": {},
     "erc": ERC,
+    "erc_floor": ERC | {"erc_entropy_floor": 0.5},
     "ce_gppo": CE_GPPO,
     "erc+ce_gppo": ERC | CE_GPPO,
     "bonus": BONUS,
@@ -86,6 +87,7 @@ def expected_loss(logits: Tensor, values: Tensor, inputs: dict[str, Tensor], con
         eps_lo=CLIP,
         eps_hi=CLIP,
         erc=(controls["erc_low"], controls["erc_high"]) if "erc_low" in controls else None,
+        erc_floor=controls.get("erc_entropy_floor", 1e-8),
         alphas=(controls["ce_gppo_alpha1"], controls["ce_gppo_alpha2"]) if "ce_gppo_alpha1" in controls else None,
         entropy_coef=controls.get("entropy_coef", 0.0),
     )

@@ -345,6 +345,17 @@ def test_erc_band_is_open(build: Callable[..., Any], rho: float, kept: bool) -> 
     check(trainer, s, b, trainer_inputs(b, b.mask))
 
 
+@pytest.mark.parametrize("floor", [0.1, 1.0])
+@pytest.mark.parametrize("level", LEVELS)
+def test_erc_entropy_floor(build: Callable[..., Any], level: str, floor: float) -> None:
+    s = replace(BASE, level=level, erc_floor=floor, **ERC)
+    b, inputs = random_batch(0)
+    check(build(s), s, b, inputs)
+    papers = replace(s, erc_floor=1e-8)
+    fates = {tuple(reference.keeps_gradient(b, of, i, t) for of in (s, papers)) for i, t in reference.valid_tokens(b)}
+    assert (True, False) in fates  # a token that only the paper's floor clips
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("log_ratio", "sign"), [(0.25, 1.0), (-0.25, -1.0)])
 def test_a_ratio_on_the_edge_is_not_clipped(

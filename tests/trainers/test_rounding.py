@@ -73,11 +73,12 @@ def test_training_is_bit_for_bit_the_same(
     assert_same_weights(weights(repeated), weights(plain))
 
 
+@pytest.mark.parametrize("settings", [{}, {"peft_config": lora(), "beta": 0.1}], ids=["weights", "lora_and_reference"])
 def test_one_pass_a_rollout_without_a_graph(
-    make_trainer: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    make_trainer: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    plain = count_forwards(make_trainer(tmp_path / "plain"), monkeypatch)
-    controlled = count_forwards(make_trainer(tmp_path / "erc", **ERC), monkeypatch)
+    plain = count_forwards(make_trainer(tmp_path / "plain", **settings), monkeypatch)
+    controlled = count_forwards(make_trainer(tmp_path / "erc", **ERC, **settings), monkeypatch)
     assert controlled.count(False) == plain.count(False) + 1
     assert controlled.count(True) == plain.count(True)
 
