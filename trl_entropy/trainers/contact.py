@@ -155,8 +155,7 @@ class GRPOContact(ExactResume):
         if call is not None and self.wants_entropy_gradients:
             self._entropy_bonus_enabled = True  # TRL below 1.16 detaches the entropies otherwise
         try:
-            with finite_logits(model, self.temperature) if self.controlled else nullcontext():
-                result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            result = self._forward(model, *args, **kwargs)
         finally:
             self._entropy_bonus_enabled = bonus_enabled
         logps, entropies = result[:2]
@@ -170,6 +169,11 @@ class GRPOContact(ExactResume):
             self.on_forward(call)
             result = (call.loss_logps, call.bonus_entropies, *result[2:])
         return result
+
+    def _forward(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """TRL's forward pass; where a control reads it, without logits of minus infinity."""
+        with finite_logits(model, self.temperature) if self.controlled else nullcontext():
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _repeat_rows(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """Some rows of a rollout's forward pass again, with more padding; no random number is drawn for good."""
@@ -185,7 +189,7 @@ class GRPOContact(ExactResume):
         device = self.accelerator.device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
-            _, entropies, *_ = forward(
+            _, entropies, *_ = self._forward(
                 model,
                 **padded,
                 logits_to_keep=given["logits_to_keep"],
