@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.trainers.test_grpo import ALL_CONTROLS, assert_same_weights, logged, weights
@@ -175,6 +175,19 @@ def test_resumed_run_has_the_record_of_an_uninterrupted_one(make_trainer: Any, t
     resumed = make_trainer(tmp_path / "run", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert record_of(resumed).table.equals(whole.table)
+
+
+def test_a_complete_checkpoint_has_its_record_on_the_disk(make_trainer: Any, tmp_path: Path) -> None:
+    """Killed right after its last file, a run has lost no row of a step that will not be taken again."""
+    recorded = []
+
+    class Spy(TrainerCallback):
+        def on_save(self, *args: Any, **kwargs: Any) -> None:
+            recorded.append(sorted(set(record_of(trainer).column("step").tolist())))
+
+    trainer = make_trainer(callbacks=[Spy()], **RECORDED, save_strategy="steps", save_steps=3)
+    trainer.train()
+    assert recorded == [[1, 2, 3], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
 def test_new_run_replaces_the_record_of_an_older_one(make_trainer: Any, tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def _whole_completions(columns: Mapping[str, Tensor], inputs: Mapping[str, Any])
 
 
 class RecorderCallback(TrainerCallback):
-    """Starts a recorder with the training, and has it write at every checkpoint and at the end."""
+    """Starts a recorder with the training, and has it write at the end."""
 
     def __init__(self, recorder: TokenRecorder, micro_per_rollout: int) -> None:
         self.recorder = recorder
@@ -265,9 +265,6 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         schedule = Schedule(args.gradient_accumulation_steps, self._micro_per_rollout, state.max_steps)
         self.recorder.start(state.global_step, schedule)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        self.recorder.flush()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

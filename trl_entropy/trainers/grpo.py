@@ -288,6 +288,12 @@ class EntropyGRPOTrainer(GRPOContact):
             self._token_means[self.mode].close_window(self.accelerator.reduce)
         return loss
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._recorder is not None:
+            # before the checkpoint is complete: a run that goes on from it does not take these steps again
+            self._recorder.flush()
+        super()._save_checkpoint(model, trial)
+
     def control_state(self) -> dict[str, Any]:
         return {"entropy_history": self._entropy_history.state_dict()}
 
