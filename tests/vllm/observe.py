@@ -85,10 +85,10 @@ def agreeing(trainer: Any) -> int:
     return sum(engine == policy for engine, policy in pairs)
 
 
-def change_a_lot(trainer: Any) -> None:
-    """Add noise as large as the weights themselves to everything that is trained."""
+def change_a_lot(trainer: Any, noise: float = 0.2) -> None:
+    """Add noise of this standard deviation, as large as the weights themselves, to everything that is trained."""
     set_seed(1)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+                parameter.add_(noise * torch.randn_like(parameter))
