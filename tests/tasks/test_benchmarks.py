@@ -38,13 +38,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_rows_are_read_and_graded(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("math_verify", reason="math-verify is not installed")
-    from trl.rewards import accuracy_reward
+    from trl_entropy.tasks.grading import maths_reward
 
     (row,) = load_benchmark(name, write(tmp_path / "rows.jsonl", [ROWS[name]]))
     assert row["prompt"] == [{"role": "user", "content": ROWS[name][BENCHMARKS[name].problem]}]
     answers = [rf"so \boxed{{{text}}}" for text in (RIGHT[name], "1")]
     completions = [[{"role": "assistant", "content": text}] for text in answers]
-    assert accuracy_reward(completions, solution=[row["solution"]] * 2) == [1.0, 0.0]
+    assert maths_reward(completions, solution=[row["solution"]] * 2) == [1.0, 0.0]
     assert f"has 1 rows, and {name} has {BENCHMARKS[name].num_problems} problems" in caplog.text
 
 

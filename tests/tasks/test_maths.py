@@ -49,6 +49,30 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path, caplog:
         load("train", source=write(tmp_path / "blank.jsonl", rows[1:3]))
 
 
+def test_the_short_answer_is_the_gold(tmp_path: Path) -> None:
+    worked = "Let $a=3$. Then $a^2=9$."
+    rows = [
+        {"problem": "q", "solution": worked, "answer": "9", "reward_model": None},
+        {"problem": "q", "solution": worked, "answer": " ", "reward_model": {"ground_truth": "9"}},
+        {"problem": "q", "solution": rf"{worked} Thus $\boxed{{9}}$.", "answer": None, "reward_model": None},
+    ]
+    golds = load("train", source=write(tmp_path / "rows.jsonl", rows))["solution"]
+    assert list(golds) == [r"\boxed{9}", r"\boxed{9}", rf"{worked} Thus $\boxed{{9}}$."]
+    pytest.importorskip("math_verify", reason="the extra `maths` is not installed")
+    (reward,) = get_task("maths").reward_funcs
+    assert reward(completions=[r"\boxed{9}", r"\boxed{9}", r"\boxed{3}"], solution=list(golds)) == [1.0, 1.0, 0.0]
+
+
+def test_numbers_in_numeric_columns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    answers = [1e-05, 1e16, 70.0, float("nan"), -2.5e-7, float("inf")]
+    rows = Dataset.from_list([{"problem": "?", "answer": answer} for answer in answers])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    golds = load("train", source=str(tmp_path / "rows.parquet"))["solution"]
+    numbers = ["0.00001", "10000000000000000", "70.0", "-0.00000025", r"\infty"]
+    assert list(golds) == [rf"\boxed{{{number}}}" for number in numbers]
+    assert "1 of 6 rows have no answer and are left out" in caplog.text
+
+
 def test_the_model_familys_instruction_to_box_the_answer(tmp_path: Path) -> None:
     rows = [{"problem": "1+1?", "answer": "2"}, {"problem": r"1+2? Use \boxed{}.", "answer": "3"}]
     source = write(tmp_path / "rows.jsonl", rows)
@@ -115,6 +139,13 @@ def test_refusals_name_the_row_and_the_column(row: dict[str, Any], message: str,
         (r"so it is $\frac{1}{2}$", r"so it is $\frac{1}{2}$"),
         (r"\(x\)", r"\(x\)"),
         ("$5", r"\boxed{$5}"),
+        ("73.", r"\boxed{73}"),
+        ("**12**", r"\boxed{12}"),
+        ("30°", r"\boxed{30^\circ}"),
+        ("24 cm^2", r"\boxed{24 \text{ cm}^2}"),
+        ("180 (days)", r"\boxed{180 \text{ (days)}}"),
+        ("5ab", r"\boxed{5ab}"),
+        ("5!", r"\boxed{5!}"),
         ("(0,1]", r"\boxed{(0,1]}"),
         ("6 * 12 = <<6*12=72>>72\n#### 72", r"\boxed{72}"),
     ],
@@ -124,7 +155,7 @@ def test_parsable(answer: str, gold: str) -> None:
 
 
 # Each answer as datasets write it, and the same value as a model may write it. Those marked are graded wrongly, or not
-# at all, when the bare answer is handed to accuracy_reward.
+# at all, when the bare answer is handed to TRL's accuracy_reward.
 SAME_VALUE = [
     ("4", "4"),
     ("-3", "-3.0"),

@@ -61,6 +61,8 @@ def test_grading_without_math_verify_names_the_extra(monkeypatch: pytest.MonkeyP
     require_math_verify([rewards.think_format_reward, "a/reward-model"])
     with pytest.raises(ImportError, match=r"trl_entropy\[maths\]"):
         require_math_verify([rewards.accuracy_reward])
+    with pytest.raises(ImportError, match=r"trl_entropy\[maths\]"):
+        require_math_verify([load_reward_func("reasoning_maths_reward")])
 
 
 ALL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "solution")

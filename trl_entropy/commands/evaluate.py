@@ -45,7 +45,7 @@ class EvaluateArguments:
         task: Name of a task of `trl_entropy.tasks.TASKS`.
         task_args: Arguments of the task's `load`, as JSON on the command line.
         split: Split of the task.
-        reward_funcs: Rewards that grade in place of the task's own, such as `reasoning_accuracy_reward`. A completion
+        reward_funcs: Rewards that grade in place of the task's own, such as `reasoning_maths_reward`. A completion
             is correct if its rewards add up to at least 1.
         template: Where the instruction to box the answer goes: `auto`, `none`, or a family of
             `trl_entropy.tasks.templates.TEMPLATES`. A `task` keeps its prompts as they are.

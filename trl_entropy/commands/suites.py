@@ -15,11 +15,11 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import TrainerState
-from trl.rewards import accuracy_reward
 from trl.trainer.utils import get_callable_name, shutdown_event_loop_in_daemon, start_event_loop_in_daemon
 
 from trl_entropy.tasks import get_task
 from trl_entropy.tasks.benchmarks import load_benchmark
+from trl_entropy.tasks.grading import maths_reward
 from trl_entropy.tasks.rewards import (
     NOT_PASSED,
     check_reward_columns,
@@ -83,7 +83,7 @@ def load_suites(
     if task is not None:
         suites = [_task_suite(task, dict(task_args or {}), split)]
     elif benchmarks:
-        suites = [Suite(name, load_benchmark(name, dataset_file), (accuracy_reward,), True) for name in benchmarks]
+        suites = [Suite(name, load_benchmark(name, dataset_file), (maths_reward,), True) for name in benchmarks]
     else:
         maths, source = get_task("maths"), str(dataset_file)
         suites = [Suite(Path(source).stem, maths.load("train", source=source), maths.reward_funcs, True)]

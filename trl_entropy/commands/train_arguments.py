@@ -13,7 +13,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_entropy.recipes import recipe_names, recipes_dir
 from trl_entropy.tasks import TASKS
-from trl_entropy.tasks.rewards import TRL_REWARDS
+from trl_entropy.tasks.rewards import NAMED_REWARDS
 from trl_entropy.trainers import AsyPPOConfig, EntropyGRPOConfig
 
 
@@ -28,7 +28,7 @@ class TrainArguments(GRPOScriptArguments):
     Args:
         task: Name of a task of `trl_entropy.tasks.TASKS`.
         task_args: Arguments of the task's `load`, such as `source` of `maths`; as JSON on the command line.
-        reward_funcs: Names of `trl_entropy.tasks.rewards.TRL_REWARDS`, or import paths; default: the task's own.
+        reward_funcs: Names of `trl_entropy.tasks.rewards.NAMED_REWARDS`, or import paths; default: the task's own.
         environment_args: Arguments of the task's environment, for a task of episodes; as JSON on the command line.
         critics: Model ids or folders of AsyPPO's critics, one for all or one each; `policy` stands for the weights
             that the policy starts from. Setting it trains with AsyPPO, whose fields `AsyPPOConfig` adds.
@@ -42,7 +42,7 @@ class TrainArguments(GRPOScriptArguments):
     )
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": f"Rewards: {', '.join(TRL_REWARDS)}, or import paths. Default: those of the task."},
+        metadata={"help": f"Rewards: {', '.join(NAMED_REWARDS)}, or import paths. Default: those of the task."},
     )
     environment_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the task's environment, as JSON on the command line."}

@@ -1,7 +1,7 @@
 r"""The benchmarks of the papers: where each is on the Hugging Face hub, and which columns hold problem and answer.
 
-The answers are graded by math-verify through TRL's `accuracy_reward`, as in training. OlympiadBench gives an answer as
-a list of texts, which are joined by commas, and its tolerances for numerical answers are not used.
+The answers are graded by math-verify through `trl_entropy.tasks.grading`, as in training. OlympiadBench gives an
+answer as a list of texts, which are joined by commas, and its tolerances for numerical answers are not used.
 """
 
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_entropy.tasks.maths import parsable
+from trl_entropy.tasks.maths import as_text, parsable
 from trl_entropy.tasks.sources import load_source
 
 logger = logging.getLogger(__name__)
@@ -105,4 +105,4 @@ def _problems(rows: Iterable[dict[str, Any]], benchmark: Benchmark, source: str)
 
 def _answer(answer: Any) -> str:
     parts = answer if isinstance(answer, list) else [answer]
-    return ", ".join(str(part).strip() for part in parts if part is not None and str(part).strip())
+    return ", ".join(filter(None, map(as_text, parts)))

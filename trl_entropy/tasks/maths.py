@@ -1,23 +1,27 @@
-r"""Mathematics problems with a verifiable answer, graded by math-verify through TRL's `accuracy_reward`.
+r"""Mathematics problems with a verifiable answer, graded by math-verify through `trl_entropy.tasks.grading`.
 
 The default rows are those the Klear papers train on, KlearReasoner-MathSub-30K (arXiv 2508.07629).
 """
 
 import logging
+import math
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 from datasets import Dataset
-from trl.rewards import accuracy_reward
 
 from trl_entropy.tasks import Task
+from trl_entropy.tasks.answers import tidy
+from trl_entropy.tasks.grading import maths_reward
 from trl_entropy.tasks.sources import load_source, select_split
 from trl_entropy.tasks.templates import Messages, add_instruction, check_template, text_of
 
 DEFAULT_SOURCE = "Kwai-Klear/KlearReasoner-MathSub-30K"
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-ANSWER_COLUMNS = ("solution", "answer")
+ANSWER_COLUMNS = ("answer", "reward_model", "solution")
+"""Where the gold is, the first that is not blank: `solution` may be the whole derivation."""
 DELIMITED = re.compile(r"\\boxed\b|\$[^$]+\$|\\\(.+\\\)|\\\[.+\\\]", re.DOTALL)
 
 logger = logging.getLogger(__name__)
@@ -34,9 +38,9 @@ def load(
 ) -> Dataset:
     r"""Problems of a split, each with its answer in the form that math-verify parses.
 
-    The rows need a prompt (`prompt`, `problem` or `question`: text, or chat messages) and an answer (`solution` or
-    `answer`, or `reward_model`, a mapping with `ground_truth`). Rows whose answer is missing or blank are left out,
-    and a warning says how many.
+    The rows need a prompt (`prompt`, `problem` or `question`: text, or chat messages) and an answer: `answer`, or
+    `reward_model`, a mapping with `ground_truth`, or `solution`; of several, the first of these that is not blank.
+    Rows whose answer is missing, blank or not a number (NaN) are left out, and a warning says how many.
 
     Args:
         split: `"train"` or `"test"`.
@@ -79,19 +83,22 @@ def parsable(answer: str) -> str:
     r"""`answer` in a form that math-verify parses whole: `\boxed{...}` unless it has LaTeX delimiters of its own.
 
     Without them math-verify finds only a part of many answers (2 of `2\sqrt{3}`) and nothing in others (`(1,2)`, `A`).
-    What precedes `####`, as in GSM8K, is dropped.
+    What precedes `####`, as in GSM8K, is dropped; in a box, so are markdown and final punctuation, which bare answers
+    may have.
     """
     answer = answer.rsplit("####", 1)[-1].strip()
-    return answer if DELIMITED.search(answer) else rf"\boxed{{{answer}}}"
+    return answer if DELIMITED.search(answer) else rf"\boxed{{{tidy(answer)}}}"
 
 
 def _problems(rows: Dataset, source: str) -> Iterator[dict[str, Any]]:
     prompt_column = _first_column(rows, PROMPT_COLUMNS, source, "a prompt")
-    answer_column = _first_column(rows, (*ANSWER_COLUMNS, "reward_model"), source, "an answer")
+    _first_column(rows, ANSWER_COLUMNS[::-1], source, "an answer")
+    answer_columns = [name for name in ANSWER_COLUMNS if name in rows.column_names]
     for number, row in enumerate(rows):
         where = f"{source}, row {number}"
         prompt = _messages(row[prompt_column], f"{where}, column {prompt_column!r}")
-        answer = _answer(row[answer_column], f"{where}, column {answer_column!r}")
+        answers = (_answer(row[column], f"{where}, column {column!r}") for column in answer_columns)
+        answer = next(filter(None, answers), "")
         if answer:
             yield {"prompt": prompt, "solution": parsable(answer)}
 
@@ -132,11 +139,19 @@ def _answer(answer: Any, where: str) -> str:
         if "ground_truth" not in answer:
             raise ValueError(f"{where}: no 'ground_truth' among its keys {', '.join(answer)}. Add it.")
         answer = answer["ground_truth"]
-    if answer is None:
-        return ""
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
         raise ValueError(f"{where}: {answer!r} is not an answer. Use text or a number.")
-    return str(answer).strip()
+    return as_text(answer)
 
 
-TASK = Task(name="maths", load=load, reward_funcs=(accuracy_reward,))
+def as_text(answer: str | float | None) -> str:
+    r"""An answer as LaTeX has it: without exponents such as `1e-05`; empty where there is none, or NaN."""
+    if isinstance(answer, float):
+        if math.isinf(answer):
+            return r"\infty" if answer > 0 else r"-\infty"
+        answer = "" if math.isnan(answer) else format(Decimal(repr(answer)), "f")
+    text = "" if answer is None else str(answer).strip()
+    return "" if text.lower() == "nan" else text
+
+
+TASK = Task(name="maths", load=load, reward_funcs=(maths_reward,))

@@ -1,4 +1,4 @@
-"""Reward functions by name: TRL's own, or any function by its import path."""
+"""Reward functions by name: TRL's, those of this package, or any function by its import path."""
 
 import inspect
 import os
@@ -13,6 +13,7 @@ from torch import nn
 from trl import rewards
 from trl.trainer.utils import get_callable_name
 
+from trl_entropy.tasks.grading import maths_reward, reasoning_maths_reward
 from trl_entropy.tasks.templates import shown
 
 TRL_REWARDS: dict[str, Callable[..., Any]] = {
@@ -24,6 +25,12 @@ TRL_REWARDS: dict[str, Callable[..., Any]] = {
     ),
 }
 """TRL's reward functions by the names that `trl grpo` gives them."""
+NAMED_REWARDS: dict[str, Callable[..., Any]] = {
+    **TRL_REWARDS,
+    "maths_reward": maths_reward,
+    "reasoning_maths_reward": reasoning_maths_reward,
+}
+"""Those and the ones of `trl_entropy.tasks.grading`."""
 TRAINER_ARGUMENTS = frozenset(("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"))
 """What TRL's trainer passes to every reward function beside the columns of the dataset."""
 NOT_PASSED = frozenset(("prompt", "completion", "completion_ids"))
@@ -33,7 +40,7 @@ MESSAGE_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format
 
 
 def load_reward_func(name: str) -> Callable[..., Any]:
-    """A reward function by its name in `TRL_REWARDS` or by its import path, `package.module.function`.
+    """A reward function by its name in `NAMED_REWARDS` or by its import path, `package.module.function`.
 
     Modules in the working directory can be imported.
 
@@ -41,8 +48,8 @@ def load_reward_func(name: str) -> Callable[..., Any]:
         ValueError: If `name` is neither, or leads to no function. The name of a reward model is none of them.
         ImportError: If its module cannot be imported.
     """
-    if name in TRL_REWARDS:
-        return TRL_REWARDS[name]
+    if name in NAMED_REWARDS:
+        return NAMED_REWARDS[name]
     if "/" in name or os.path.isdir(name):
         raise ValueError(
             f"reward_funcs={name!r} is no function. A reward model is set as reward_model_name_or_path of "
@@ -51,8 +58,8 @@ def load_reward_func(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
         raise ValueError(
-            f"reward_funcs={name!r} is neither one of TRL's ({', '.join(TRL_REWARDS)}) nor an import path such as "
-            "'my_rewards.length_reward'."
+            f"reward_funcs={name!r} is neither one of TRL's ({', '.join(TRL_REWARDS)}), nor maths_reward or "
+            "reasoning_maths_reward, nor an import path such as 'my_rewards.length_reward'."
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -133,9 +140,14 @@ def require_math_verify(reward_funcs: Iterable[Callable[..., Any] | str]) -> Non
     """Check that the rewards that grade by math-verify can do so.
 
     Raises:
-        ImportError: If one of them is TRL's and math-verify is not installed; the message names the extra.
+        ImportError: If math-verify is not installed; the message names the extra.
     """
-    graders = {rewards.accuracy_reward, rewards.reasoning_accuracy_reward}
+    graders = {
+        rewards.accuracy_reward,
+        rewards.reasoning_accuracy_reward,
+        maths_reward,
+        reasoning_maths_reward,
+    }
     if graders.intersection(reward_funcs) and find_spec("math_verify") is None:
         raise ImportError("Grading needs math-verify. Install it with: pip install 'trl_entropy[maths]'")
 
