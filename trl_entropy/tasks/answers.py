@@ -181,10 +181,9 @@ def _without_formatting(text: str) -> str:
         r"\\(?:mathrm|textrm|textbf|textit|textnormal|textsf|mbox|operatorname|mathsf|rm|emph)\s*\{", r"\\text{", text
     )
     text = re.sub(r"\\(?:text)?color\s*\{\w*\}|\\(?:bf|rm|it|bfseries)\b", "", text)
-    for name in (r"boxed|fbox|underline|mathbf|mathit|bm|boldsymbol|mathnormal|hbox",):
-        text = re.sub(rf"\\(?:{name})\s*(?=\{{)", "", text)
-    for new, old in (("{", r"\\lbrace\b"), ("}", r"\\rbrace\b")):
-        text = re.sub(old, rf"\\{new}", text)
+    text = re.sub(r"\\(?:boxed|fbox|underline|mathbf|mathit|bm|boldsymbol|mathnormal|hbox)\s*(?=\{)", "", text)
+    text = re.sub(r"\\[hv]?(?:space|phantom)\s*\{[^{}]*\}|\\(?:[lL]arge|LARGE|[hH]uge|small|checkmark)\b", "", text)
+    text = re.sub(r"\\lbrace\b", r"\\{", re.sub(r"\\rbrace\b", r"\\}", text))
     text = re.sub(r"\\langle\b|\\lparen\b", "(", re.sub(r"\\rangle\b|\\rparen\b", ")", text))
     text = re.sub(r"\\begin\{array\}\s*\{[^}]*\}", r"\\begin{matrix}", text).replace(r"\end{array}", r"\end{matrix}")
     text = re.sub(

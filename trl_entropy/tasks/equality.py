@@ -26,8 +26,8 @@ from math_verify.utils import timeout
 
 logger = logging.getLogger(__name__)
 
-PARSING_SECONDS, COMPARING_SECONDS = 10, 5
-"""math-verify's time-outs, as TRL sets them. They use signals, so they work in a process's main thread alone."""
+PARSING_SECONDS, COMPARING_SECONDS = 10, 10
+"""math-verify's time-outs. They use signals, so they work in a process's main thread alone."""
 MAX_DIGITS = 10_000
 """Powers and factorials with more digits than this are compared by their form."""
 EXTRACTION = LatexExtractionConfig(
@@ -116,29 +116,37 @@ def _equal(gold: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
         if scale != 1 and isinstance(given, sympy.Expr):
             right, given = right * scale, given * scale
         try:
-            if verify(
+            if not _differ(right, given) and verify(
                 right, given, allow_set_relation_comp=True, timeout_seconds=COMPARING_SECONDS, raise_on_error=True
             ):
                 return True
         except Exception:
             logger.debug("Comparing failed", exc_info=True)
-        except TimeoutException:
-            if not _differ(right, given):
-                raise
     return False
 
 
-@timeout(COMPARING_SECONDS)
 def _differ(gold: Any, answer: Any) -> bool:
-    """Whether two expressions have different values at a point, so that no simplification can make them equal."""
-    if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
+    """Whether two expressions have different values at a point, so that no simplification can make them equal.
+
+    It is asked first because simplifying `(x+1)^{1000000}` would not end.
+    """
+    if not all(isinstance(side, sympy.Expr) and not side.is_Symbol for side in (gold, answer)):
+        return False  # names are compared by their letters: `\text{AB}` and `AB`
+    try:
+        values = _values(gold, answer)
+        return bool(abs(values[0] - values[1]) > 1e-3 * max(map(abs, values)))
+    except (Exception, TimeoutException):
         return False
-    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+
+
+@timeout(COMPARING_SECONDS)
+def _values(*expressions: Any) -> list[Any]:
+    symbols = sorted(set().union(*(expression.free_symbols for expression in expressions)), key=str)
     point = {symbol: sympy.Float((10 + 7 * i) / 13) for i, symbol in enumerate(symbols)}
-    values = [sympy.N(expression.xreplace(point), 15) for expression in (gold, answer)]
+    values = [sympy.N(expression.xreplace(point), 15) for expression in expressions]
     if not all(value.is_number and value.is_finite for value in values):
-        return False
-    return bool(abs(values[0] - values[1]) > 1e-3 * max(map(abs, values)))
+        raise ArithmeticError("There is no value at this point.")
+    return values
 
 
 @timeout(COMPARING_SECONDS)

@@ -97,7 +97,7 @@ def _grade(gold: str, completion: str | None) -> tuple[float | None, str, str]:
 
 def compare(right: str, answer: str) -> float | None:
     """Whether two answers in plain LaTeX have the same value; `None` if the gold is not understood."""
-    if right == answer:
+    if right.replace(" ", "") == answer.replace(" ", ""):
         return 1.0 if right else None
     for rule in (_compare_choices, _compare_words, _compare_colons):
         reward = rule(right, answer)
