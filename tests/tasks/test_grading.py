@@ -205,3 +205,9 @@ def test_long_texts_are_read_in_time(caplog: pytest.LogCaptureFixture) -> None:
     ]
     assert maths_reward(list(map(message, texts)), ["4"] * 4) == [0.0, 0.0, 1.0, 1.0]
     assert time.process_time() - started < 20
+
+
+def test_large_numbers_are_compared_exactly() -> None:
+    """However little they differ."""
+    texts = [rf"\boxed{{\binom{{100}}{{50}}{change}}}" for change in ("", "+1", r"+10^{10}")]
+    assert maths_reward(texts, [r"\binom{100}{50}"] * 3) == [1.0, 0.0, 0.0]
