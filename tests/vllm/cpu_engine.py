@@ -1,14 +1,4 @@
-"""vLLM's CPU engine made fit for training, so that rollouts can be tested without a GPU.
-
-On a GPU nothing of this is needed. On CPU it is, in three places:
-
-- vLLM's CPU backend packs every linear layer's weights into a private copy when the model is loaded, and goes on
-  computing with that copy. TRL writes new weights into the layers, so vLLM would sample from the initial policy for
-  ever, without an error. With `plain_linear` the layers compute with the weights that TRL writes.
-- vLLM turns a float32 checkpoint into bfloat16. Here it stays in float32, so that the log-probs of vLLM and of the
-  trainer agree to rounding.
-- vLLM compiles its sampler, which takes 40 seconds and a C++ compiler. Here it runs as it is written.
-"""
+"""Helpers of the tests with a real vLLM engine on CPU, which `trl_entropy.vllm_on_cpu` makes fit for training."""
 
 import functools
 import logging
@@ -17,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+
+from trl_entropy.vllm_on_cpu import start_engine
 
 VLLM_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}  # the first in GiB
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -26,32 +17,17 @@ ENGINE = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64
 """The config fields that put an engine into the trainer's process."""
 
 
-def plain_linear(layer: Any, remove_weight: bool) -> None:
-    """Stands in for vLLM's `dispatch_cpu_unquantized_gemm`: no packing, the layer computes with `layer.weight`."""
-    layer.cpu_linear = torch.nn.functional.linear
-
-
-def make_trainable(patch: pytest.MonkeyPatch) -> None:
-    """Make the engines of this process trainable."""
-    import vllm.model_executor.layers.utils
-
-    patch.setattr(vllm.model_executor.layers.utils, "dispatch_cpu_unquantized_gemm", plain_linear)
-    torch.compiler.set_stance("force_eager")
-
-
 def share_engines(patch: pytest.MonkeyPatch) -> None:
-    """Make the engines that TRL starts in this process trainable; equal settings share one engine.
+    """Make the engines that TRL starts in this process trainable, its own trainers' too; equal settings share one.
 
     Sharing is safe, as TRL pushes all weights before a trainer's first rollout, and saves 15 seconds per trainer.
     """
     from trl.generation import vllm_generation
 
-    make_trainable(patch)
     for name, value in VLLM_SETTINGS.items():
         patch.setitem(os.environ, name, value)
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    start = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
-    patch.setattr(vllm_generation, "LLM", functools.cache(start))
+    patch.setattr(vllm_generation, "LLM", functools.partial(start_engine, functools.cache(vllm_generation.LLM)))
 
 
 def forget_launcher() -> None:

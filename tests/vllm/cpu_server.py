@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from trl_entropy.vllm_on_cpu import plain_linear
 
 from . import cpu_engine
 
@@ -32,6 +35,7 @@ def plugin() -> None:
     """Called by vLLM in each process of the server, where nothing has to be undone."""
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.layers import utils
 
     @dataclass
     class Nothing:
@@ -60,7 +64,8 @@ def plugin() -> None:
             # the base class waits for an accelerator, which is not there
             self.receive_weights(self.parse_update_info(update_info))
 
-    cpu_engine.make_trainable(pytest.MonkeyPatch())
+    utils.dispatch_cpu_unquantized_gemm = plain_linear
+    torch.compiler.set_stance("force_eager")
     WeightTransferEngineFactory.register_engine("file", FileWeightTransfer)
 
 

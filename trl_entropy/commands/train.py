@@ -30,6 +30,7 @@ from trl_entropy.telemetry.diagnosis import DiagnosisCallback
 from trl_entropy.telemetry.report import write_report
 from trl_entropy.trainers import AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 from trl_entropy.trainers.resume import last_complete_checkpoint
+from trl_entropy.vllm_on_cpu import require_device
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ def prepare(argv: list[str] | None = None) -> Run:
         raise ValueError("model_name_or_path is missing: name the model to train, on the hub or in a folder.")
     if config.use_vllm and find_spec("vllm") is None:
         raise ImportError("use_vllm=True needs vLLM: pip install 'trl_entropy[vllm]', or set use_vllm=False.")
+    if config.use_vllm and config.vllm_mode == "colocate":
+        require_device()
     reward_funcs = _reward_funcs(script, task)
     checkpoint = _checkpoint(config)
     load = row_loader(script, mixture, task, config.seed)

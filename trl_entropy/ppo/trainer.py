@@ -14,6 +14,7 @@ from ..controls import EntropyHistory, PolicyTokens, TokenMean, clip_controls, e
 from ..critics import CriticEnsemble, explained_variance, highest_fraction, lowest_fraction
 from ..telemetry.metrics import TokenMeans
 from ..trainers.dropout import warn_of_dropout
+from ..vllm_on_cpu import require_device
 from .advantages import gae
 from .config import CRITIC_FIELDS, PPOControls
 from .critics import NoValueModel, critic_sources, load_critics
@@ -99,6 +100,7 @@ class EntropyPPOTrainer(PPOLoop):
             raise ValueError("use_vllm=True cannot be used with DeepSpeed or FSDP. Set use_vllm=False.")
         from .vllm import VLLMEngine
 
+        require_device()
         return VLLMEngine(
             self.policy_model, self.accelerator, self.processing_class, self.args, self.controls, self.stop_token_id
         )

@@ -7,6 +7,7 @@ from torch import Tensor
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import pad
 
+from ..vllm_on_cpu import trainable_engines
 from .config import PPOControls
 
 
@@ -36,20 +37,21 @@ class VLLMEngine:
     ) -> None:
         self._pad_token_id = tokenizer.pad_token_id
         stop_token_ids = [] if stop_token_id is None else [stop_token_id]
-        self._vllm = VLLMGeneration(
-            model=policy,
-            accelerator=accelerator,
-            processing_class=tokenizer,
-            mode="colocate",
-            gpu_memory_utilization=controls.vllm_gpu_memory_utilization,
-            max_model_length=controls.vllm_max_model_length,
-            max_num_seqs=args.local_batch_size,
-            enable_sleep_mode=controls.vllm_enable_sleep_mode,
-            temperature=args.temperature + 1e-7,
-            max_completion_length=args.response_length,
-            # the stop token alone ends a response, as in TRL's generation
-            generation_kwargs={"ignore_eos": True, "stop_token_ids": stop_token_ids},
-        )
+        with trainable_engines():
+            self._vllm = VLLMGeneration(
+                model=policy,
+                accelerator=accelerator,
+                processing_class=tokenizer,
+                mode="colocate",
+                gpu_memory_utilization=controls.vllm_gpu_memory_utilization,
+                max_model_length=controls.vllm_max_model_length,
+                max_num_seqs=args.local_batch_size,
+                enable_sleep_mode=controls.vllm_enable_sleep_mode,
+                temperature=args.temperature + 1e-7,
+                max_completion_length=args.response_length,
+                # the stop token alone ends a response, as in TRL's generation
+                generation_kwargs={"ignore_eos": True, "stop_token_ids": stop_token_ids},
+            )
 
     def generate(self, queries: Tensor) -> Tensor:
         """Prompts padded on the left, `(B, P)`, with their responses padded on the right, `(B, P + T)`."""

@@ -24,6 +24,7 @@ from ..controls import (
 )
 from ..telemetry.metrics import TokenMeans, turn_entropies
 from ..telemetry.recorder import RecorderCallback, TokenRecorder, Update
+from ..vllm_on_cpu import trainable_engines
 from .card import add_methods
 from .config import EntropyGRPOConfig
 from .contact import GRPOContact, LossCall, loss_mask
@@ -69,7 +70,8 @@ class EntropyGRPOTrainer(GRPOContact):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._entropy_history = EntropyHistory()
-        super().__init__(*args, **kwargs)
+        with trainable_engines():
+            super().__init__(*args, **kwargs)
         self._recorder = self._make_recorder() if self.recording else None
         if isinstance(self.args, EntropyGRPOConfig) and self.args.ratio_controls:
             warn_of_dropout(self.model, self.args.ratio_controls)
