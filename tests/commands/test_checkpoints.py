@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
+from trl_entropy import pretrained
 from trl_entropy.commands import checkpoints
 from trl_entropy.commands.checkpoints import find_checkpoint, load_tokenizer
 
@@ -40,6 +41,27 @@ def test_an_adapters_folder(model: Path, adapter: Path) -> None:
     assert found.tokenizer_path == str(model)
     load_tokenizer(found).save_pretrained(adapter)
     assert found.tokenizer_path == str(adapter)
+
+
+def test_smollm2_is_its_folder_under_the_name_that_was_given(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "_smollm2", lambda: model)
+    found = find_checkpoint("smollm2-135m")
+    assert (found.name, found.model) == ("smollm2-135m", str(model))
+    assert found.fingerprint == find_checkpoint(str(model)).fingerprint
+
+
+def test_an_adapter_finds_smollm2_on_another_machine(
+    model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "_smollm2", lambda: model)
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    for base, expected in {
+        "/elsewhere/hf/trl_entropy/smollm2-135m": str(model),
+        str(model): str(model),
+    }.items():
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        assert find_checkpoint(str(adapter)).model == expected
+    assert pretrained.resolve_base_model("runs/smollm2-135m") == "runs/smollm2-135m"
 
 
 def test_other_weights_another_fingerprint(model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

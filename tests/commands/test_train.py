@@ -19,6 +19,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from tests.commands.conftest import WriteRecipe
+from trl_entropy import pretrained
 from trl_entropy.commands import train
 from trl_entropy.tasks import arithmetic
 
@@ -69,6 +70,16 @@ def test_built_in_task_builds_its_policy(
     train.main([*recipe(**fields, seed=5), "--task_args", '{"size": 32}', "--max_steps", "1"])
     assert built == [(str(Path("run/policy")), 5)]
     assert "rewards/exact_answer_reward/mean" in log_history()[0]
+
+
+def test_a_pretrained_model_by_name(recipe: WriteRecipe, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`smollm2-135m` stands for its folder, of the policy and of the critics."""
+    monkeypatch.setattr(pretrained, "_smollm2", lambda: Path(tiny_model_path))
+    argv = recipe(model_name_or_path="smollm2-135m", critics=["smollm2-135m"], critic_lora_r=2, max_steps=1)
+    run = train.prepare(argv)
+    assert (run.model.model_name_or_path, run.script.critics) == (tiny_model_path, [tiny_model_path])
+    train.main(argv)
+    assert "asyppo/explained_variance" in log_history()[0]
 
 
 def test_evaluates_on_held_out_rows(recipe: WriteRecipe) -> None:

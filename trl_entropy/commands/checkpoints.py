@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from trl_entropy.pretrained import resolve_base_model, resolve_model
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT_BYTES = 1 << 20
 
@@ -49,7 +51,7 @@ def find_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint
     """What is behind a model's name. Loads its config, not its weights.
 
     Args:
-        name: Name on the hub; folder of a model, or of a run's checkpoint; folder of a LoRA adapter.
+        name: Name on the hub; `smollm2-135m`; folder of a model, or of a run's checkpoint; folder of a LoRA adapter.
         trust_remote_code: Run the modelling code that a repository brings.
 
     Raises:
@@ -57,8 +59,9 @@ def find_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint
             not found from the working directory.
         ValueError: If the weights are not safetensors, or an adapter names no base model or another adapter.
         OSError: If the hub does not have it or cannot be reached.
+        ImportError: As `resolve_model`.
     """
-    folder = Path(name).expanduser()
+    folder = Path(resolve_model(name)).expanduser()
     if not folder.is_dir():
         if _looks_like_a_folder(name):
             raise FileNotFoundError(f"model={name!r} is not a folder. Give a folder, or a name on the hub.")
@@ -102,7 +105,7 @@ def _base_model(folder: Path) -> str:
             f"model={str(folder)!r} is an adapter that does not say which model it belongs to. Write that model's "
             f"folder or name as base_model_name_or_path into {folder / ADAPTER_CONFIG}."
         )
-    return base
+    return resolve_base_model(base)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_entropy.commands.train_arguments import TrainArguments, parse
 from trl_entropy.commands.train_models import check_models, check_reward_model, load_tokenizer
 from trl_entropy.commands.train_rows import check_number_of_rows, check_prompts, check_rewards, row_loader
+from trl_entropy.pretrained import resolve_model
 from trl_entropy.tasks import Task, get_task
 from trl_entropy.tasks.rewards import load_reward_func, require_math_verify
 from trl_entropy.tasks.sources import Rows, drop_long_prompts
@@ -66,7 +67,7 @@ def prepare(argv: list[str] | None = None) -> Run:
     Raises:
         ValueError: As `parse`, or if the task, dataset, rewards, model or checkpoint are missing or do not fit.
         FileNotFoundError: If the recipe, a local dataset or the checkpoint does not exist.
-        ImportError: If a reward function or vLLM cannot be imported.
+        ImportError: If a reward function or vLLM cannot be imported, or as `resolve_model`.
     """
     script, config, model, mixture = parse(argv)
     task = get_task(script.task) if script.task else None
@@ -86,6 +87,9 @@ def prepare(argv: list[str] | None = None) -> Run:
             check_rewards(dataset, reward_funcs, config, task)
     require_math_verify(reward_funcs)
     check_number_of_rows(train_dataset, config)
+    if model.model_name_or_path:
+        model.model_name_or_path = resolve_model(model.model_name_or_path)
+    script.critics = script.critics and [resolve_model(name) for name in script.critics]
     check_models(script, model, config)
     check_reward_model(script, model, config, next(iter(train_dataset))["prompt"])
     run = Run(script, config, model, task, train_dataset, eval_dataset, reward_funcs, checkpoint)
