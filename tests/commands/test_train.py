@@ -72,7 +72,9 @@ def test_built_in_task_builds_its_policy(
     assert "rewards/exact_answer_reward/mean" in log_history()[0]
 
 
-def test_a_pretrained_model_by_name(recipe: WriteRecipe, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pretrained_model_by_name(
+    recipe: WriteRecipe, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`smollm2-135m` stands for its folder, of the policy and of the critics."""
     monkeypatch.setattr(pretrained, "_smollm2", lambda: Path(tiny_model_path))
     argv = recipe(model_name_or_path="smollm2-135m", critics=["smollm2-135m"], critic_lora_r=2, max_steps=1)

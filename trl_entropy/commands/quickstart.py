@@ -2,7 +2,8 @@
 
 It warms up the policy of the task `arithmetic` once, trains it from that same start once an arm, measures each arm on
 held-out problems and writes `results.json` and `report.html`. An arm that an earlier run finished with the same
-settings is not trained again.
+settings is not trained again. With `--model smollm2-135m` the policy is that pretrained model as it is, every arm is a
+LoRA adapter on it, and the task is reasoning-gym's sums of two numbers.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import platform
 import sys
 import time
 import warnings
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,23 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
 from transformers.utils import logging as transformers_logging
+from trl import ModelConfig, get_peft_config
 
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer, __version__
+from trl_entropy.pretrained import SMOLLM2, resolve_model
 from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import Task, get_task
 from trl_entropy.telemetry.figures import require_plots
@@ -49,12 +62,71 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """The arms: what each sets beside the recipe `quickstart`; the one that sets `num_critics` has AsyPPO's trainer."""
 
-# Critics of so small a network explain 1 to 3 % of these returns: to judge a sum they would have to know it.
+# AsyPPO is left out: its critics explain 1 to 3 % of these returns, as to judge a sum they would have to know it.
 DEFAULT_ARMS = [name for name in ARMS if name != "asyppo"]
 
-# A fixed number, because sums in another order round differently and results must not depend on the environment. One,
-# because so small a network gains little from more, and loses much when they wait for each other on a busy machine.
-NUM_THREADS = 1
+ADAPTED_CRITICS = {
+    "critic_learning_rate": 2e-4,
+    "critic_per_device_train_batch_size": 8,
+    # an answer that fills max_completion_length has failed
+    "bootstrap_truncated": False,
+}
+"""What AsyPPO's critics need otherwise where they are adapters on a pretrained model."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a kind of policy is trained and measured.
+
+    Attributes:
+        recipe: The recipe that all arms share.
+        arms: What each sets beside the recipe.
+        num_threads: A fixed number, because sums in another order round differently and results must not depend on the
+            environment.
+        num_problems: Held-out problems to measure on; `None` for all.
+        critic_adapter: Of AsyPPO's critics; `None` to train all their weights.
+    """
+
+    recipe: str
+    arms: dict[str, dict[str, Any]]
+    num_threads: int
+    num_problems: int | None = None
+    critic_adapter: LoraConfig | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all arms start from.
+
+    Attributes:
+        task: The task.
+        setup: How the policy is trained and measured.
+        train_dataset: The problems to train on.
+        problems: The held-out problems to measure on.
+        policy: Folder of the policy.
+        adapter: LoRA adapter to train on it; `None` to train all weights.
+        before: The policy's accuracy.
+    """
+
+    task: Task
+    setup: Setup
+    train_dataset: Dataset
+    problems: Dataset
+    policy: str
+    adapter: LoraConfig | None
+    before: dict[str, Any]
+
+
+# One thread, because so small a network gains little from more, and loses much when they wait for each other on a busy
+# machine.
+SMALL = Setup("quickstart", ARMS, num_threads=1)
+PRETRAINED = Setup(
+    "quickstart-smollm2-135m-lora",
+    {**ARMS, "asyppo": {**ARMS["asyppo"], **ADAPTED_CRITICS}},
+    num_threads=2,
+    num_problems=256,
+    critic_adapter=LoraConfig(task_type="TOKEN_CLS", r=16, lora_alpha=32, target_modules="all-linear"),
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,21 +141,24 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parse(argv)
     try:
         require_plots()
-    except ImportError as error:
+        model = arguments.model and resolve_model(arguments.model)
+    except (ImportError, OSError) as error:
         raise SystemExit(f"trl-entropy quickstart: error: {error}") from error
-    torch.set_num_threads(NUM_THREADS)
+    setup = PRETRAINED if model else SMALL
+    torch.set_num_threads(setup.num_threads)
     transformers_logging.disable_progress_bar()  # its bars for loading and saving files flash by between ours
-    output, recipe = Path(arguments.output_dir), yaml.safe_load(recipe_path("quickstart").read_text(encoding="utf-8"))
+    output, recipe = Path(arguments.output_dir), yaml.safe_load(recipe_path(setup.recipe).read_text(encoding="utf-8"))
     task = get_task(recipe["task"])
-    policy = _policy(task, output / "policy", arguments.seed)
+    of_all = {"seed": arguments.seed, **({"model": arguments.model} if model else {})}
+    start = _start(task, setup, recipe, model, output / "policy", of_all)
     results = {}
     for name in arguments.arms:
-        settings = {**_config_fields(recipe), **ARMS[name], "seed": arguments.seed}
+        settings = {**_fields_of(EntropyGRPOConfig, recipe), **setup.arms[name], **of_all}
         settings["max_steps"] = arguments.steps or settings["max_steps"]
-        results[name] = _finished(output / name, settings) or _train_arm(name, task, policy, output / name, settings)
-    summary = {"arms": results, "seed": arguments.seed, "versions": _versions()}
+        results[name] = _finished(output / name, settings) or _train_arm(name, start, output / name, settings)
+    summary = {"arms": results, **of_all, "versions": _versions()}
     _write_json(output / RESULTS_FILE, summary)
-    title = f"Quickstart: {task.name}, seed {arguments.seed}"
+    title = f"Quickstart: {task.name}, {f'{arguments.model}, ' if model else ''}seed {arguments.seed}"
     page = write_report([output], output / "report.html", title)
     print(_table(results))
     print(f"Report: {page}")
@@ -94,6 +169,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="trl-entropy quickstart", description="Compare the methods on a small policy, on CPU in minutes."
     )
     parser.add_argument("--output_dir", default="runs/quickstart", help="folder to write (default: %(default)s)")
+    parser.add_argument("--model", help=f"{SMOLLM2}, or another pretrained model (default: a small one of its own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the policy and the training (default: 0)")
     parser.add_argument("--steps", type=int, help="optimizer steps of each arm (default: the recipe's)")
     parser.add_argument(
@@ -112,18 +188,38 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _policy(task: Task, folder: Path, seed: int) -> str:
-    """Path of the policy that all arms start from."""
-    settings = {"task": task.name, "seed": seed}
-    if _finished(folder, settings) is None:
-        print(f"Building the policy in {folder}")
-        assert task.build_policy is not None
+def _start(
+    task: Task, setup: Setup, recipe: dict[str, Any], model: str | None, folder: Path, of_all: dict[str, Any]
+) -> Start:
+    """The policy that all arms start from, made in the folder if it is not there yet."""
+    task_args = recipe.get("task_args", {})
+    problems = task.load("test", **task_args)
+    problems = problems.select(range(setup.num_problems or len(problems)))
+    adapter = get_peft_config(ModelConfig(**_fields_of(ModelConfig, recipe)))
+    settings = {"task": task.name, "task_args": task_args, "num_problems": len(problems), **of_all}
+    result = _finished(folder, settings)
+    policy_folder = model or str(folder)
+    if result is None:
+        folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         (folder / RESULT_FILE).unlink(missing_ok=True)
-        task.build_policy(str(folder), seed)
-        seconds = time.monotonic() - started
-        _write_json(folder / RESULT_FILE, {"settings": settings, "versions": _versions(), "seconds": seconds})
-    return str(folder)
+        if not model:
+            print(f"Building the policy in {folder}", flush=True)
+            assert task.build_policy is not None
+            task.build_policy(policy_folder, of_all["seed"])
+        print("Measuring the policy that all arms start from", flush=True)
+        policy = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+        measure = Measure(task, problems, tokenizer, of_all["seed"], recipe["max_completion_length"])
+        result = {
+            **measure(policy, "before"),
+            "settings": settings,
+            "versions": _versions(),
+            "seconds": time.monotonic() - started,
+        }
+        _write_json(folder / RESULT_FILE, result)
+    before = {key: value for key, value in result.items() if key.partition("accuracy_")[1]}
+    return Start(task, setup, task.load("train", **task_args), problems, policy_folder, adapter, before)
 
 
 def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -137,35 +233,39 @@ def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return result
 
 
-def _train_arm(name: str, task: Task, policy: str, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _train_arm(name: str, start: Start, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     (folder / RESULT_FILE).unlink(missing_ok=True)
-    problems = task.load("test")
+    task = start.task
+    set_seed(settings["seed"])  # TRL 1.12 makes LoRA's weights before it seeds
     with warnings.catch_warnings():
         # TRL's own defaults use a name that transformers has renamed.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
         arguments = {
-            "model": policy,
+            "model": start.policy,
             "reward_funcs": list(task.reward_funcs),
-            "train_dataset": task.load("train"),
+            "train_dataset": start.train_dataset,
             "callbacks": [_Progress(name)],
+            "peft_config": start.adapter,
         }
+        config = {"output_dir": str(folder), **_fields_of(AsyPPOConfig, settings)}
         if "num_critics" in settings:
-            config = AsyPPOConfig(output_dir=str(folder), **settings)
-            trainer: EntropyGRPOTrainer = AsyPPOTrainer(args=config, critics=policy, **arguments)
+            critics = {"critics": start.policy, "critic_peft_config": start.setup.critic_adapter}
+            trainer: EntropyGRPOTrainer = AsyPPOTrainer(args=AsyPPOConfig(**config), **critics, **arguments)
         else:
-            trainer = EntropyGRPOTrainer(args=EntropyGRPOConfig(output_dir=str(folder), **settings), **arguments)
+            trainer = EntropyGRPOTrainer(args=EntropyGRPOConfig(**config), **arguments)
         for printer in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(printer)
-        before = _evaluate(trainer, task, problems, "before")
         trainer.train()
-    after = _evaluate(trainer, task, problems, "after")
+    length = settings["max_completion_length"]
+    measure = Measure(task, start.problems, trainer.processing_class, settings["seed"], length)
+    after = measure(trainer.model, "after")
     trainer.save_model()
     trainer.save_state()
     result = {
-        **before,
+        **start.before,
         **after,
-        "num_problems": len(problems),
+        "num_problems": len(start.problems),
         "settings": settings,
         "versions": _versions(),
         "seconds": time.monotonic() - started,
@@ -206,30 +306,46 @@ class _Progress(TrainerCallback):
         self.bar.close()
 
 
-def _evaluate(trainer: EntropyGRPOTrainer, task: Task, problems: Dataset, when: str) -> dict[str, Any]:
-    """Held-out accuracy of one sampled completion a problem, its 95 % interval, and that of the greedy completion."""
-    sampled = _num_correct(trainer, task, problems, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    greedy = _num_correct(trainer, task, problems, do_sample=False)
-    return {
-        f"accuracy_{when}": sampled / len(problems),
-        f"accuracy_{when}_ci95": wilson_interval(sampled, len(problems)),
-        f"greedy_accuracy_{when}": greedy / len(problems),
-    }
+@dataclass(frozen=True)
+class Measure:
+    """Measures policies on held-out problems.
 
+    Attributes:
+        task: The task.
+        problems: Its held-out problems.
+        tokenizer: The policies'.
+        seed: Of the sampling.
+        length: Longest completion, in tokens.
+    """
 
-@torch.no_grad()
-def _num_correct(trainer: EntropyGRPOTrainer, task: Task, problems: Dataset, **generation: Any) -> int:
-    model, tokenizer = trainer.model, trainer.processing_class
-    columns = {key: list(problems[key]) for key in problems.column_names}
-    prompts = columns.pop("prompt")
-    encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    model.eval()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(trainer.args.seed)
-        ids = model.generate(**encoded, max_new_tokens=trainer.args.max_completion_length, **generation)
-    completions = tokenizer.batch_decode(ids[:, encoded.input_ids.shape[1] :], skip_special_tokens=True)
-    rewards = [reward(prompts=prompts, completions=completions, **columns) for reward in task.reward_funcs]
-    return sum(sum(of_problem) >= 1.0 for of_problem in zip(*rewards, strict=True))
+    task: Task
+    problems: Dataset
+    tokenizer: Any
+    seed: int
+    length: int
+
+    def __call__(self, model: Any, when: str) -> dict[str, Any]:
+        """Accuracy of one sampled completion a problem, its 95 % interval, and that of the greedy completion."""
+        sampled = self._num_correct(model, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        greedy = self._num_correct(model, do_sample=False)
+        return {
+            f"accuracy_{when}": sampled / len(self.problems),
+            f"accuracy_{when}_ci95": wilson_interval(sampled, len(self.problems)),
+            f"greedy_accuracy_{when}": greedy / len(self.problems),
+        }
+
+    @torch.no_grad()
+    def _num_correct(self, model: Any, **generation: Any) -> int:
+        columns = {key: list(self.problems[key]) for key in self.problems.column_names}
+        prompts = columns.pop("prompt")
+        encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        model.eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            ids = model.generate(**encoded, max_new_tokens=self.length, **generation)
+        completions = self.tokenizer.batch_decode(ids[:, encoded.input_ids.shape[1] :], skip_special_tokens=True)
+        rewards = [reward(prompts=prompts, completions=completions, **columns) for reward in self.task.reward_funcs]
+        return sum(sum(of_problem) >= 1.0 for of_problem in zip(*rewards, strict=True))
 
 
 def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:
@@ -241,8 +357,9 @@ def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:
     return max(0.0, centre - half_width), min(1.0, centre + half_width)
 
 
-def _config_fields(recipe: dict[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in fields(EntropyGRPOConfig)} - {"output_dir"}
+def _fields_of(kind: Any, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Those entries of the recipe that are fields of the dataclass, without `output_dir`."""
+    known = {field.name for field in fields(kind)} - {"output_dir"}
     return {key: value for key, value in recipe.items() if key in known}
 
 
