@@ -6,6 +6,7 @@ from importlib import import_module
 COMMANDS = {
     "quickstart": ("trl_entropy.commands.quickstart", "compare the methods on a small policy, on CPU in minutes"),
     "train": ("trl_entropy.commands.train", "train a policy from a recipe"),
+    "probe": ("trl_entropy.commands.probe", "before a run, how much of what the controls clip is rounding"),
     "report": ("trl_entropy.commands.report", "write a page that compares runs"),
     "eval": ("trl_entropy.commands.evaluate", "avg@n and pass@k of models on benchmarks"),
     "recipes": ("trl_entropy.commands.recipes", "list, show or copy the shipped recipes"),

@@ -99,6 +99,26 @@ def prepare(argv: list[str] | None = None) -> Run:
 def train(run: Run) -> None:
     """Train, and save the model, its card, `trainer_state.json` and, with the extra `plots`, `report.html`."""
     config = run.config
+    with open_trainer(run) as trainer:
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+    trainer.save_model(config.output_dir)
+    trainer.save_state()
+    trainer.create_model_card(dataset_name=run.script.dataset_name)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    if trainer.is_world_process_zero():
+        _write_report(config.output_dir)
+
+
+@contextmanager
+def open_trainer(run: Run, trainer_class: Callable[..., Any] | None = None) -> Iterator[Any]:
+    """The trainer of a run, with its model loaded; the environments of its task are closed on leaving.
+
+    Args:
+        run: From `prepare`.
+        trainer_class: Takes the arguments of `EntropyGRPOTrainer`; `None` for the one that the recipe asks for.
+    """
+    config = run.config
     policy = run.model.model_name_or_path
     if not policy:
         assert run.task is not None
@@ -114,19 +134,16 @@ def train(run: Run) -> None:
     }
     set_seed(config.seed)  # TRL 1.12 makes LoRA's weights before it seeds
     with _rollout(run) as rollout_func:
-        trainer = _trainer(run, policy, rollout_func)
-        trainer.train(resume_from_checkpoint=run.checkpoint)
-    trainer.save_model(config.output_dir)
-    trainer.save_state()
-    trainer.create_model_card(dataset_name=run.script.dataset_name)
-    if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=run.script.dataset_name)
-    if trainer.is_world_process_zero():
-        _write_report(config.output_dir)
+        yield _trainer(run, policy, rollout_func, trainer_class)
 
 
-def _trainer(run: Run, policy: str, rollout_func: Callable[..., Any] | None) -> EntropyGRPOTrainer:
-    """The trainer that the recipe asks for: AsyPPO where it names critics."""
+def _trainer(
+    run: Run,
+    policy: str,
+    rollout_func: Callable[..., Any] | None,
+    trainer_class: Callable[..., Any] | None,
+) -> EntropyGRPOTrainer:
+    """The trainer that is given, or that the recipe asks for: AsyPPO where it names critics."""
     arguments: dict[str, Any] = {
         "model": policy,
         "reward_funcs": run.reward_funcs,
@@ -138,6 +155,8 @@ def _trainer(run: Run, policy: str, rollout_func: Callable[..., Any] | None) -> 
         "rollout_func": rollout_func,
         "callbacks": [DiagnosisCallback()],
     }
+    if trainer_class is not None:
+        return trainer_class(**arguments)
     if not run.script.critics:
         return EntropyGRPOTrainer(**arguments)
     critics: list[Any] = [policy if name == "policy" else name for name in run.script.critics]

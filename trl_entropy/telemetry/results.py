@@ -61,7 +61,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     first = next(result for by_model in results.values() for result in by_model.values())
     head = ["suite", "model", f"avg@{first['num_samples']}", *(f"pass@{k}" for k in first["pass"])]
     head += ["- first model", "tokens", "cut off", "problems"]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for suite, by_model in results.items():
         for model, result in by_model.items():
             difference = _per_cent(result["difference"], "+.1f") if result.get("difference") else ""
@@ -72,10 +72,15 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             estimates = [_over_problems(value, graded) for value in (result["avg"], *result["pass"].values())]
             lengths = [f"{result['mean_tokens']:.0f}", f"{100 * result['truncated_fraction']:.1f} %"]
             rows.append([suite, model, *estimates, difference, *lengths, problems])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    rows[1] = ["-" * width for width in widths]
+    return markdown_table(head, rows)
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns line up as plain text too."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
 
 
