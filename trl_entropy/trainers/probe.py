@@ -122,7 +122,7 @@ class RoundingProbe(EntropyGRPOTrainer):
             "one by one, unpadded": self._one_by_one(output),
             "more padding": self.forward_pass(self._padded(output)),
         }
-        self._base_float32 = self._float32_pass()
+        self._base_float32 = self._float32_pass(self._base)
         return output
 
     def after_step(self, step: int) -> None:
@@ -132,7 +132,8 @@ class RoundingProbe(EntropyGRPOTrainer):
 
     def pass_after(self, step: int) -> Updated:
         """The rollout's tokens with the weights as they are now, after `step` optimizer steps."""
-        return Updated(step, self.forward_pass(self._rollout), self._float32_pass())
+        trained = self.forward_pass(self._rollout)
+        return Updated(step, trained, self._float32_pass(trained))
 
     @torch.no_grad()
     def forward_pass(self, rollout: dict[str, Any], batch_size: int | None = None) -> Pass:
@@ -183,9 +184,12 @@ class RoundingProbe(EntropyGRPOTrainer):
             "length": rollout["completion_ids"].size(1),
         }
 
-    def _float32_pass(self) -> Pass | None:
+    def _float32_pass(self, trained: Pass) -> Pass | None:
+        """The pass in float32; the one that was made where training is in float32 anyway."""
         if self._why_no_float32 is not None:
             return None
+        if not self.accelerator.native_amp and not _narrow_tensors(self.model):
+            return trained
         with self._in_float32():
             return self.forward_pass(self._rollout)
 
