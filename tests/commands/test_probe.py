@@ -93,6 +93,7 @@ def test_a_recipe_is_probed_as_it_trains(recipe: WriteRecipe) -> None:
     argv = recipe(
         erc_low=0.9,
         erc_high=1.2,
+        erc_entropy_floor=0.01,
         epsilon=0.1,
         epsilon_high=0.3,
         temperature=0.7,
@@ -108,7 +109,7 @@ def test_a_recipe_is_probed_as_it_trains(recipe: WriteRecipe) -> None:
     asked = probe.prepare_probe([*argv, "--steps", "3", "1", "3", "--output_dir", "there", "--learning_rate", "1e-5"])
     config = asked.run.config
     assert asked.steps == (1, 3)
-    assert asked.gates == Gates(0.9, 1.2, 0.1, 0.3, "token")
+    assert asked.gates == Gates(0.9, 1.2, 0.1, 0.3, "token", 0.01)
     assert (config.temperature, config.learning_rate, config.per_device_train_batch_size) == (0.7, 1e-5, 4)
     assert (config.max_steps, config.max_completion_length, config.output_dir) == (3, 64, "there")
     assert (config.erc_enabled, config.use_vllm, config.bf16) == (False, False, False)

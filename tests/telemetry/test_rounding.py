@@ -46,6 +46,11 @@ def test_bounds_are_the_runs() -> None:
     assert found["ppo_clip"].tolist() == [[False, True, False], [True, False, False]]
 
 
+def test_floor_is_added_to_both_entropies() -> None:
+    # the third token's rho is (0.04 + 0.5) / (0.05 + 0.5) = 0.98, the second's 1.56 / 1.5 = 1.04
+    assert not Gates(erc_floor=0.5).outside(NEW, OLD, ADVANTAGES, MASK)["erc"].any()
+
+
 def test_sequence_level_reads_the_sequences_ratio() -> None:
     found = Gates(level="sequence").outside(NEW, OLD, ADVANTAGES, MASK)
     # the first sequence's is (1.1 * 1.3 * 0.7) ** (1 / 3) = 1.0003, the second's (1.3 * 0.7) ** (1 / 2) = 0.95

@@ -140,7 +140,9 @@ def test_rollout_without_a_token_is_refused(make_probe, monkeypatch: pytest.Monk
         make_probe().measure()
 
 
-@pytest.mark.parametrize(("batch_size", "rows", "generations"), [(8, 16, 4), (1, 16, 4), (5, 20, 4), (7, 28, 4), (6, 18, 2)])
+@pytest.mark.parametrize(
+    ("batch_size", "rows", "generations"), [(8, 16, 4), (1, 16, 4), (5, 20, 4), (7, 28, 4), (6, 18, 2)]
+)
 def test_rollout_has_whole_micro_batches_of_the_runs_size(
     batch_size: int, rows: int, generations: int, tmp_path
 ) -> None:

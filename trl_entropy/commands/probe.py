@@ -81,7 +81,10 @@ def prepare_probe(argv: list[str] | None = None) -> Probe:
         raise ValueError(f"max_completion_length={own.max_completion_length} must be at least 1.")
     run = prepare([*_of_training(own), *fields, *_LEFT_OUT, "--output_dir", own.output_dir])
     low, high = run.config.erc_bounds or PUBLISHED_BOUNDS
-    gates = Gates(low, high, run.config.epsilon, run.config.eps_high, run.config.importance_sampling_level)
+    gates = Gates(
+        *(low, high, run.config.epsilon, run.config.eps_high, run.config.importance_sampling_level),
+        erc_floor=run.config.erc_entropy_floor,
+    )
     config = probe_config(run.config, max_steps=max(own.steps), max_completion_length=own.max_completion_length)
     check_number_of_rows(run.train_dataset, config)
     script = replace(run.script, critics=None, critic_lora_r=None)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..controls.erc import entropy_ratio
-from ..controls.importance import clipped_by_ppo, log_importance_weight, ratio_of
+from ..controls import ENTROPY_FLOOR, entropy_ratio, inside_bounds, log_importance_weight
+from ..controls.importance import clipped_by_ppo, ratio_of
 
 BAND_EDGES = (0.0, 1e-4, 1e-2, 0.1, 1.0, float("inf"))
 """Nats."""
@@ -80,6 +80,7 @@ class Gates:
         eps_low: The clip range is `[1 - eps_low, 1 + eps_high]`.
         eps_high: See `eps_low`.
         level: `"token"` or `"sequence"`: which importance ratio PPO-clip and CE-GPPO read.
+        erc_floor: What ERC adds to both entropies of its ratio, nats.
     """
 
     erc_low: float = 0.95
@@ -87,6 +88,7 @@ class Gates:
     eps_low: float = 0.2
     eps_high: float = 0.2
     level: str = "token"
+    erc_floor: float = ENTROPY_FLOOR
 
     def outside(self, new: Pass, old: Pass, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """The tokens that each control acts on, bool `(B, T)`.
@@ -95,11 +97,11 @@ class Gates:
             `erc`: outside the entropy ratio's bounds; `ppo_clip`: outside the clip range, whatever the advantage;
             `ce_gppo_low`, `ce_gppo_high`: CE-GPPO's two classes, which are what PPO-clip drops.
         """
-        rho = entropy_ratio(new.entropies, old.entropies)
+        rho = entropy_ratio(new.entropies, old.entropies, self.erc_floor)
         ratio = ratio_of(log_importance_weight(new.logps, old.logps, mask, self.level)).expand_as(advantages)
         low, high = clipped_by_ppo(ratio, advantages, self.eps_low, self.eps_high)
         found = {
-            "erc": ~((rho > self.erc_low) & (rho < self.erc_high)),
+            "erc": ~inside_bounds(rho, self.erc_low, self.erc_high),
             "ppo_clip": (ratio < 1 - self.eps_low) | (ratio > 1 + self.eps_high),
             "ce_gppo_low": low,
             "ce_gppo_high": high,

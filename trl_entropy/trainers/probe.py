@@ -13,11 +13,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from ..telemetry.rounding import Measurement, Pass, Updated
 from .config import EntropyGRPOConfig
-from .contact import loss_mask
+from .contact import REPEAT_PADDING, loss_mask
 from .grpo import EntropyGRPOTrainer
 
-PADDING = 8
-"""Columns that the layout with more padding adds on either side."""
 ROWS = 16
 """Completions of a probe, at least."""
 TAKEN = (
@@ -175,7 +173,7 @@ class RoundingProbe(EntropyGRPOTrainer):
         def pad(values: Tensor, sides: tuple[int, int], value: int) -> Tensor:
             return torch.nn.functional.pad(values, sides, value=value)
 
-        left, right, pad_id = (PADDING, 0), (0, PADDING), self._tokenizer.pad_token_id
+        left, right, pad_id = (REPEAT_PADDING, 0), (0, REPEAT_PADDING), self._tokenizer.pad_token_id
         return {
             "prompt_ids": pad(rollout["prompt_ids"], left, pad_id),
             "prompt_mask": pad(rollout["prompt_mask"], left, 0),
