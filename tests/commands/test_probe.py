@@ -22,6 +22,11 @@ def arguments(recipe: WriteRecipe, tiny_model_path: str) -> list[str]:
     return ["--model", tiny_model_path, "--dataset", "rows.jsonl", *SHORT]
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+
+
 @pytest.fixture
 def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test in which a model is loaded."""
@@ -133,6 +138,7 @@ def test_critics_of_a_recipe_are_not_loaded(recipe: WriteRecipe) -> None:
         (["--dataset", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
         (["--dataset", "rows.jsonl", "--task", "arithmetic"], "task and dataset_name are set"),
         (["--per_device_train_batch_size", "200"], "The 16 rows to train on are fewer than the"),
+        (["--dtype", "float16"], "fp16=True needs a GPU. Set dtype to"),
         (["--erc_low", "0.9"], "erc_low=0.9 and erc_high=None: set both"),
         (["--config", "nowhere.yaml"], "'nowhere.yaml' is not a file"),
     ],

@@ -27,9 +27,10 @@ PRECISIONS = {
     "float32": ("--dtype", "float32", "--bf16", "false"),
     "bfloat16": ("--dtype", "bfloat16", "--bf16", "false"),
     "autocast": ("--dtype", "float32", "--bf16", "true"),
+    "float16": ("--dtype", "float32", "--bf16", "false", "--fp16", "true"),
 }
 """What `--dtype` stands for: weights and activations in float32, both in bfloat16, or float32 weights computed in
-bfloat16 (TRL's default)."""
+bfloat16 (TRL's default) or in float16."""
 ALIASES = {"model": "--model_name_or_path", "dataset": "--dataset_name"}
 PUBLISHED_BOUNDS = (0.95, 1.05)
 USAGE = "trl-entropy probe [--model M] [--dtype D] [--dataset D | --task T] [--config FILE] [--FIELD VALUE ...]"
@@ -80,6 +81,8 @@ def prepare_probe(argv: list[str] | None = None) -> Probe:
     if own.max_completion_length < 1:
         raise ValueError(f"max_completion_length={own.max_completion_length} must be at least 1.")
     run = prepare([*_of_training(own), *fields, *_LEFT_OUT, "--output_dir", own.output_dir])
+    if run.config.fp16 and not torch.accelerator.is_available():
+        raise ValueError("fp16=True needs a GPU. Set dtype to float32, bfloat16 or autocast, or probe on one.")
     low, high = run.config.erc_bounds or PUBLISHED_BOUNDS
     gates = Gates(
         *(low, high, run.config.epsilon, run.config.eps_high, run.config.importance_sampling_level),

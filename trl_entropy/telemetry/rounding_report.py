@@ -78,8 +78,13 @@ def _on_erc(summary: dict[str, Any]) -> str:
 def remedy(settings: dict[str, Any]) -> str:
     """What to change so that ERC measures the policy."""
     if _in_float32(settings):
-        return "Sample at a higher temperature, or raise the learning rate: these entropies are too small for float32."
-    return "Compute in float32 (dtype: float32, bf16: false), or leave erc_low and erc_high out."
+        return "Raise erc_entropy_floor, or the temperature: these entropies are too small for float32."
+    if settings["autocast"] == "float16":
+        return "Set cast_lm_head_to_fp32, raise erc_entropy_floor, or compute in float32 (bf16: false, fp16: false)."
+    return (
+        "Compute in float16 on a GPU (dtype: float32, bf16: false, fp16: true) or in float32 (bf16: false); where it "
+        "must be bfloat16, set cast_lm_head_to_fp32 and raise erc_entropy_floor, or leave erc_low and erc_high out."
+    )
 
 
 def _in_float32(settings: dict[str, Any]) -> bool:

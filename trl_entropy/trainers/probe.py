@@ -124,6 +124,8 @@ class RoundingProbe(EntropyGRPOTrainer):
         return output
 
     def after_step(self, step: int) -> None:
+        if self.accelerator.optimizer_step_was_skipped:  # by the loss scaling of float16
+            self._progress(f"optimizer step {step} was skipped: its gradients overflowed float16")
         if step in self.measured_steps:
             self._progress(f"after optimizer step {step}")
             self._updates.append(self.pass_after(step))
