@@ -17,6 +17,7 @@ def a_summary(**changes: Any) -> dict[str, Any]:
     """ERC acts on 0.2 of the tokens, of which it would act on a tenth in float32."""
     found = {"share": 0.2, "share_float32": 0.04, "precision": 0.1, "recall": 0.5}
     gates = {gate: {band: dict(found) for band in BANDS} for gate in SHARES}
+    idle = {gate: {"all": 0.0, "< 0.1": 0.0, ">= 0.1": None} for gate in SHARES}
     summary: dict[str, Any] = {
         "settings": {"dtype": "float32", "autocast": "bfloat16"},
         "float32_left_out": None,
@@ -24,7 +25,8 @@ def a_summary(**changes: Any) -> dict[str, Any]:
         "rounding": {
             name: {gate: {"all": share, "< 0.1": share, ">= 0.1": None} for gate, share in SHARES.items()}
             for name in ("more padding", "float32")
-        },
+        }
+        | {"half batches": idle},
         "updates": [{"step": 1, **gates}],
     }
     return copy.deepcopy({**summary, **changes})
