@@ -129,6 +129,46 @@ def test_shared_data_trains_every_critic_on_every_completion(small_start, tmp_pa
     assert {len(rows) for rows in seen} == {64}
 
 
+def test_entropy_mask_has_the_tokens_of_lowest_entropy(small_start, tmp_path, monkeypatch):
+    masks = {}
+    original = probes.MeasuringAsyPPOTrainer._set_advantages
+
+    def spy(self, output, values, rewards, mask):
+        targets = original(self, output, values, rewards, mask)
+        masks[self._mask_by] = (output["advantage_masked"], output["old_entropies"], mask)
+        return targets
+
+    monkeypatch.setattr(probes.MeasuringAsyPPOTrainer, "_set_advantages", spy)
+    for arm in ("asyppo", "asyppo-entropy-mask"):
+        run.train(settings.Run("arithmetic", arm, 2, 1e-3, 0), tmp_path, steps=1)
+    chosen, entropies, mask = masks["entropy"]
+    assert chosen.sum() == int(0.2 * mask.sum())
+    assert entropies[chosen].max() <= entropies[mask & ~chosen].min()
+    assert masks["value_std"][0].sum() == chosen.sum()
+    chosen, entropies, mask = masks["value_std"]
+    assert entropies[chosen].max() > entropies[mask & ~chosen].min()
+
+
+def test_slopes_of_the_weights_by_hand():
+    # success is 1 + 2 alpha1 - 3 alpha2, and for the second seed four times that
+    def accuracy(pair, seed):
+        return (4 if seed == 1 else 1) * (1 + 2 * pair[0] - 3 * pair[1])
+
+    grid = settings.ALPHA_ARMS.items()
+    runs = {pair: settings.with_seeds("arithmetic", arm, 16, settings.COMMON_LEARNING_RATE) for pair, arm in grid}
+    found = {asked.name: {"accuracy": accuracy(pair, asked.seed)} for pair, of in runs.items() for asked in of}
+    slopes = claims.alpha_slopes(found, "success")
+    assert slopes["alpha1"] == pytest.approx([2, 8, 2, 2, 2])
+    assert slopes["alpha2"] == pytest.approx([-3, -12, -3, -3, -3])
+
+
+def test_interval_has_two_digits_of_its_half_width():
+    # 2.776 times the standard deviation over the root of 5
+    assert claims.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.000 ± 1.963"
+    assert claims.interval([0.0001, 0.0002, 0.0003, 0.0004, 0.0005]) == "0.00030 ± 0.00020"
+    assert claims.interval([0.5] * 5) == "0.500 ± 0.000"
+
+
 def test_verdicts_by_hand():
     def verdict(expected, differences):
         return claims.Outcome(claims.Test("b", "success", "erc", "dapo", expected, ()), "", 8, differences).verdict

@@ -194,7 +194,7 @@ def _start(
     """The policy that all arms start from, made in the folder if it is not there yet."""
     task_args = recipe.get("task_args", {})
     problems = task.load("test", **task_args)
-    problems = problems.select(range(setup.num_problems or len(problems)))
+    problems = problems.select(range(min(setup.num_problems or len(problems), len(problems))))
     adapter = get_peft_config(ModelConfig(**_fields_of(ModelConfig, recipe)))
     settings = {"task": task.name, "task_args": task_args, "num_problems": len(problems), **of_all}
     result = _finished(folder, settings)

@@ -5,7 +5,6 @@ afterwards. `compute_loss` hands it a shallow copy of the inputs, and the overri
 controls decide into that copy, so TRL's loss does the rest. No line of that loss is repeated here.
 """
 
-import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +66,10 @@ class RolloutForward:
 
 REPEAT_PADDING = 8
 """Columns of padding before a repeated row: rotary positions move by as many, and with them every rounding."""
+
+
+FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "logits_to_keep", "batch_size")
+"""What TRL gives to its forward pass after the model, in this order where it does not name them."""
 
 
 class GRPOContact(ExactResume):
@@ -177,8 +180,7 @@ class GRPOContact(ExactResume):
 
     def _repeat_rows(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """Some rows of a rollout's forward pass again, with more padding; no random number is drawn for good."""
-        forward = super()._get_per_token_logps_and_entropies
-        given = inspect.signature(forward).bind(model, *args, **kwargs).arguments
+        given = dict(zip(FORWARD_ARGUMENTS, args, strict=False)) | kwargs
         rows = self.rows_to_repeat(len(given["input_ids"]))
         if rows is None:
             return None
