@@ -125,10 +125,32 @@ def test_out_of_time_is_no_reward_and_is_told(
     assert "No reward, math-verify ran out of time: gold '4', answer '4.0'." in caplog.text
 
 
-def test_other_threads_grade_in_a_child_process_and_have_time_outs_too(caplog: pytest.LogCaptureFixture) -> None:
+SLOW_SERVER = f"""
+import importlib.util, time
+spec = importlib.util.spec_from_file_location("equality", {equality.__file__!r})
+equality = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(equality)
+parse = equality.parse
+
+def parse_slowly(text, *settings, **named):
+    if "777" in text:
+        equality.timeout(1)(time.sleep)(600)
+    return parse(text, *settings, **named)
+
+equality.parse = parse_slowly
+equality.main()
+"""
+"""The child process with an answer that takes ten minutes, and one second for it."""
+
+
+def test_other_threads_grade_in_a_child_process_and_have_time_outs_too(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grading, "SERVER", tmp_path / "server.py")
+    monkeypatch.setattr(grading, "_CHILDREN", [])
+    grading.SERVER.write_text(SLOW_SERVER, encoding="utf-8")
     rewards: list[float | None] = []
-    slow = "(" * 40 + "x" + "+1)" * 40  # more than the parser can do in its time
-    texts = [r"\boxed{\frac12}", r"\boxed{0.25}", rf"\boxed{{{slow}}}", r"\boxed{0.5}"]
+    texts = [r"\boxed{\frac12}", r"\boxed{0.25}", r"\boxed{777x}", r"\boxed{0.5}"]
     thread = threading.Thread(target=lambda: rewards.extend(maths_reward(list(map(message, texts)), [r"\frac12"] * 4)))
     thread.start()
     thread.join()
