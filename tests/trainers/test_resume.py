@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.trainers.test_grpo import ALL_CONTROLS, assert_same_weights, logged, weights
@@ -176,6 +177,23 @@ def test_a_new_schedule_draws_the_prompts_of_its_own_epoch(make_trainer, tmp_pat
             warnings.simplefilter("ignore", UserWarning)
             trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3") if resume else None)
     assert prompts["resumed"] == prompts["whole"][1:]
+
+
+def test_the_position_is_the_checkpoints_where_the_state_is_read_later(make_trainer, tmp_path, tiny_dataset):
+    """transformers 4 loads the optimizer, and with it the rollout, before it reads the state."""
+
+    class ReadsStateLater(EntropyGRPOTrainer):
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            state, self.state = self.state, TrainerState()
+            super()._load_optimizer_and_scheduler(checkpoint)
+            self.state = state
+
+    settings = SAVED | {"train_dataset": tiny_dataset.select(range(4)), "steps_per_generation": 2, "max_steps": 6}
+    whole = make_trainer(tmp_path / "run", **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "run", trainer_class=ReadsStateLater, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert_same_weights(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off", "empty", "other bytes", "another object"])

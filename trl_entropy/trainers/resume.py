@@ -34,6 +34,9 @@ ROLLOUT_SETTINGS = (
     "beta",
     "use_vllm",
     "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
     "reward_weights",
     "scale_rewards",
     "multi_objective_aggregation",
@@ -139,13 +142,15 @@ class ExactResume(GRPOTrainer):
         if checkpoint is None:
             return
         self.load_controls(checkpoint)
-        epochs, self._step = self._position()
+        # `self.state` may be that of a new run: transformers 4 reads the checkpoint's after this
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            epochs, self._step = self._position(json.load(file)["global_step"])
         self._advance_train_sampler(epochs)
         self._resume_rollout(checkpoint)
 
-    def _position(self) -> tuple[int, int]:
+    def _position(self, steps: int) -> tuple[int, int]:
         """The finished epochs and micro-batches, as transformers counts them under the schedule of this run."""
-        accumulation, steps = self.args.gradient_accumulation_steps, self.state.global_step
+        accumulation = self.args.gradient_accumulation_steps
         if self._train_sampler is None:
             return 0, steps * accumulation
         rows = self._train_batch_size * self.args.steps_per_generation * self.accelerator.num_processes
