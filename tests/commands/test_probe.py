@@ -123,6 +123,12 @@ def test_a_recipe_is_probed_as_it_trains(recipe: WriteRecipe) -> None:
     assert asked.run.checkpoint is None
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+def test_the_precision_asked_for_replaces_that_of_the_recipe(recipe: WriteRecipe, dtype: str) -> None:
+    config = probe.prepare_probe([*recipe(fp16=True), "--dtype", dtype]).run.config
+    assert (config.fp16, config.bf16) == (False, dtype == "autocast")
+
+
 def test_critics_of_a_recipe_are_not_loaded(recipe: WriteRecipe) -> None:
     asked = probe.prepare_probe(recipe(critics=["policy"], critic_lora_r=4, erc_low=None, erc_high=None))
     assert asked.run.script.critics is None

@@ -24,9 +24,9 @@ from trl_entropy.telemetry.rounding_report import advice, draw_rounding, tables
 from trl_entropy.trainers.probe import RoundingProbe, alternating_reward, probe_config
 
 PRECISIONS = {
-    "float32": ("--dtype", "float32", "--bf16", "false"),
-    "bfloat16": ("--dtype", "bfloat16", "--bf16", "false"),
-    "autocast": ("--dtype", "float32", "--bf16", "true"),
+    "float32": ("--dtype", "float32", "--bf16", "false", "--fp16", "false"),
+    "bfloat16": ("--dtype", "bfloat16", "--bf16", "false", "--fp16", "false"),
+    "autocast": ("--dtype", "float32", "--bf16", "true", "--fp16", "false"),
     "float16": ("--dtype", "float32", "--bf16", "false", "--fp16", "true"),
 }
 """What `--dtype` stands for: weights and activations in float32, both in bfloat16, or float32 weights computed in
