@@ -98,3 +98,10 @@ def test_a_floor_of_zero_takes_two_entropies_of_zero_for_unchanged():
     zero = torch.zeros(1, 2, dtype=torch.float64)
     assert entropy_ratio(zero, zero, 0.0).tolist() == [[1.0, 1.0]]
     assert entropy_ratio(zero + 0.5, zero, 0.0).isinf().all()
+
+
+def test_sixteen_bit_entropies_are_compared_in_float32():
+    # in float16 the floor itself would be 0, and 0 / 0 no number
+    for dtype in (torch.float16, torch.bfloat16):
+        new, old = (torch.tensor([values], dtype=dtype) for values in ([0.0, 0.0, 1.0], [0.0, 0.5, 1.0]))
+        assert entropy_ratio(new, old).tolist() == [[1.0, pytest.approx(0.0, abs=1e-6), 1.0]]

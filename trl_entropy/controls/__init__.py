@@ -10,7 +10,7 @@ from .epo import EntropyHistory, epo, epo_beta
 from .erc import ENTROPY_FLOOR, entropy_ratio, erc, inside_bounds
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
 from .positive_nll import positive_nll
-from .tokens import PolicyTokens, TokenMean
+from .tokens import PolicyTokens, TokenMean, in_float32
 
 __all__ = [
     "ENTROPY_FLOOR",
@@ -25,6 +25,7 @@ __all__ = [
     "epo",
     "epo_beta",
     "erc",
+    "in_float32",
     "inside_bounds",
     "log_importance_weight",
     "positive_nll",

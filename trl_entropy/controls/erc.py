@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .tokens import PolicyTokens, TokenMean
+from .tokens import PolicyTokens, TokenMean, in_float32
 
 ENTROPY_FLOOR = 1e-8
 """Nats; the paper's."""
@@ -24,8 +24,8 @@ def entropy_ratio(entropies: Tensor, old_entropies: Tensor, floor: float = ENTRO
     Returns:
         `(B, T)`.
     """
-    # Rounding can make the entropy of a certain token slightly negative.
-    new, old = entropies.detach().clamp(min=0.0), old_entropies.detach().clamp(min=0.0)
+    # Rounding can make the entropy of a certain token slightly negative, and in float16 the paper's floor would be 0.
+    new, old = (in_float32(values.detach()).clamp(min=0.0) for values in (entropies, old_entropies))
     unchanged = (new < ENTROPY_FLOOR) & (old < ENTROPY_FLOOR)
     return torch.where(unchanged, 1.0, (new + floor) / (old + floor))
 

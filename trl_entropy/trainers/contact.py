@@ -5,7 +5,6 @@ afterwards. `compute_loss` hands it a shallow copy of the inputs, and the overri
 controls decide into that copy, so TRL's loss does the rest. No line of that loss is repeated here.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import trl
 from torch import Tensor, nn
 
-from ..controls import TokenMean
+from ..controls import TokenMean, in_float32
 from .masked_vocabulary import finite_logits
 from .resume import ExactResume
 
@@ -174,9 +173,15 @@ class GRPOContact(ExactResume):
         return result
 
     def _forward(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """TRL's forward pass; where a control reads it, without logits of minus infinity."""
-        with finite_logits(model, self.temperature) if self.controlled else nullcontext():
+        """TRL's forward pass; where a control reads it, without logits of minus infinity, and in float32 at least.
+
+        FSDP may cast what a model returns to 16 bits, in which importance ratios overflow and entropies vanish.
+        """
+        if not self.controlled:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        with finite_logits(model, self.temperature):
+            logps, entropies, *others = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        return in_float32(logps), None if entropies is None else in_float32(entropies), *others
 
     def _repeat_rows(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """Some rows of a rollout's forward pass again, with more padding; no random number is drawn for good."""
