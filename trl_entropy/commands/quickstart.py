@@ -66,8 +66,8 @@ ARMS: dict[str, dict[str, Any]] = {
 DEFAULT_ARMS = [name for name in ARMS if name != "asyppo"]
 
 ADAPTED_CRITICS = {
-    "critic_learning_rate": 2e-4,
-    "critic_per_device_train_batch_size": 8,
+    "critic_learning_rate": 3e-4,
+    "critic_per_device_train_batch_size": 16,
     # an answer that fills max_completion_length has failed
     "bootstrap_truncated": False,
 }
