@@ -170,7 +170,9 @@ def test_real_model_is_the_packages(cache: Path) -> None:
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert model.dtype == torch.float32
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == model.generation_config.pad_token_id
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == model.generation_config.pad_token_id
+    assert tokenizer.eos_token_id == model.config.eos_token_id == model.config.pad_token_id
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     reply = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt.input_ids.shape[1] :]

