@@ -8,6 +8,7 @@ graded wrongly.
 
 BOXED: dict[str, list[tuple[object, list[str], list[str]]]] = {
     "integers": [
+        ("12", ["１２", "١٢", "1\u200b2", "\ufeff12", "12\u2060"], ["１３", "١٣", "1\u200b3"]),
         ("42", ["42", "42.0", "042", "+42", " 42 ", r"\mathbf{42}", "{42}", r"\displaystyle 42"], ["-42", "24", "4.2", "421"]),
         ("-7", ["-7", r"\text{-}7", "−7", "-7.", "(-7)", "- 7"], ["7", "-77", "-0.7"]),
         ("0", ["0", "0.0", "-0", r"\frac{0}{5}"], ["1", r"\emptyset", "O"]),
@@ -40,17 +41,19 @@ BOXED: dict[str, list[tuple[object, list[str], list[str]]]] = {
     "percent": [  # the sign may be missing, as a unit may; with it, the value is the hundredth too
         (r"50\%", [r"50\%", "50%", r"50 \%", r"50 \text{ percent}", "50 percent", "50", r"\frac12", "0.5"], [r"5\%", "0.05", r"0.5\%", r"500\%"]),
         ("12.5%", [r"12.5\%", "0.125", "12.5", r"\frac18"], [r"1.25\%", r"12\%", "125"]),
-        ("30 percent", [r"30\%", "30", r"30\text{ percent}"], ["3", r"33\%"]),
+        ("30 percent", [r"30\%", "30", r"30\text{ percent}"], ["3", r"33\%", "30 cm", r"30^\circ", r"\$30"]),
         ("150\\%", [r"150\%", "1.5"], ["15", r"15\%"]),
         (r"33\frac{1}{3}\%", [r"33\frac13\%", r"\frac{100}{3}\%", r"33\frac{1}{3}"], [r"33\%", r"3\frac{1}{3}\%"]),
     ],
     "money": [
         (r"\$18.90", [r"\$18.90", "18.90", "18.9", r"\$ 18.90", "$18.90", r"18.90\text{ dollars}", "18.90 dollars"], ["1890", r"\$18.09", "18", "19.80"]),
-        ("$5", ["5", r"\$5", "$5", r"\$5.00", "5 dollars"], ["50", r"\$0.05", "-5"]),
+        ("$5", ["5", r"\$5", "$5", r"\$5.00", "5 dollars", r"\text{\$}5", r"5\$", r"US\$5"], ["50", r"\$0.05", "-5", "5 cents", "5¢", "€5", r"5\%", r"\yen5"]),
         (r"\$1,250", ["1250", r"\$1250", r"\$1{,}250", "1,250", r"1250 \text{ USD}"], ["1.25", r"\$1,205", "125"]),
-        ("€40", ["40", "€40", r"40 \text{ euros}"], ["4", "€400"]),
+        ("€40", ["40", "€40", r"40 \text{ euros}", "40 €", r"\euro 40"], ["4", "€400", "£40", r"\$40", "40 dollars"]),
         ("£3.50", ["3.5", "£3.50", r"\pounds 3.50"], ["35"]),
-        ("75 cents", ["75", r"75\text{ cents}", "75¢"], ["7.5"]),
+        ("75 cents", ["75", r"75\text{ cents}", "75¢"], ["7.5", r"\$75"]),
+        ("-$5", ["-5", r"-\$5", "-$5"], [r"\$5", "-€5"]),
+        ("£5 ", ["5 pounds"], ["5 euros"]),
     ],
     "units": [  # units may be missing; where both have one, it is the same
         (
@@ -128,7 +131,15 @@ BOXED: dict[str, list[tuple[object, list[str], list[str]]]] = {
         ("x=1 or x=-3", ["1,-3", "x=1, x=-3", r"-3 \text{ and } 1", "x=-3 or x=1"], ["1", "1,3", "-1,3"]),
         ("100, 200", ["100, 200", "200, 100", "100,200"], ["100200 ", "100", "300"]),
         (r"1+\sqrt{2}, 1-\sqrt{2}", [r"1\pm\sqrt{2}", r"1-\sqrt2, 1+\sqrt2"], [r"1+\sqrt{2}", r"\pm\sqrt2"]),
-        ("a=1, b=2", ["a=1, b=2", "a = 1, b = 2", "b=2, a=1"], ["a=2, b=1", "a=1", "a=1, b=3"]),
+        (
+            "a=1, b=2",  # values without names are in the gold's order, unless its names are one letter
+            ["a=1, b=2", "a = 1, b = 2", "b=2, a=1", "1, 2", "(1,2)", "(a,b)=(1,2)", "1 and 2", r"\{1,2\}"],
+            ["a=2, b=1", "a=1", "a=1, b=3", "b=1, a=2", "2, 1", "(2,1)", "(a,b)=(2,1)", r"\{2,1\}", "1", "1, 2, 3", "12"],
+        ),
+        (r"x=3 \text{ and } y=200", ["3,200", "(3,200)"], ["(200,3)", "200, 3", "3200"]),
+        (r"\alpha=1, \beta=2", ["1, 2"], ["2, 1"]),
+        ("x=1 or x=2", ["2, 1", "1, 2", r"\{2,1\}"], ["2, 3"]),
+        ("x_1=2, x_2=3", ["3, 2", "2, 3"], ["2"]),
     ],
     "text": [  # case and spaces do not count
         ("Monday", ["Monday", r"\text{Monday}", "monday", r"\textbf{Monday}", r"\mathrm{Monday}"], ["Sunday", "Mon", r"\text{Friday}", "dynamo", "Mondays off"]),
@@ -152,7 +163,8 @@ BOXED: dict[str, list[tuple[object, list[str], list[str]]]] = {
         ("D", ["D", r"\text{D}", r"\text{(D)}", "(D)"], ["E", "B"]),
         (r"\textbf{(A)}\ 5", ["A", "5", r"\textbf{(A)}\ 5", "(A) 5", r"\text{A}"], ["B", "6", r"\textbf{(B)}\ 6"]),
         ("F", ["F", r"\text{F}"], ["E", "f(x)"]),
-        ("A, C", ["A, C", "C, A", r"\text{A, C}", r"\text{A and C}", r"\text{A}, \text{C}"], ["A", "A, B", "A, B, C"]),
+        ("A, C", ["A, C", "C, A", r"\text{A, C}", r"\text{A and C}", r"\text{A}, \text{C}", "AC", r"\text{AC}"], ["A", "A, B", "A, B, C", "CA", "AB", "ACD"]),
+        ("ACD", ["ACD", "A, C, D", r"\text{A, C, D}", "D, A, C", "A, C and D"], ["A, C", "A, B, D", "ACDE", "A, C, D, E", "A"]),
     ],
     "thousands separators": [
         ("1,000", ["1000", "1,000", "1{,}000", r"1\,000", "1 000", r"1{,}000.0", r"1\;000", "10^3"], ["1", "100", "1,001", "10,000", "0", "1.0"]),
@@ -206,6 +218,8 @@ BOXED: dict[str, list[tuple[object, list[str], list[str]]]] = {
         ("3:30", ["3:30", r"3{:}30", r"3\!:\!30", r"3:30 \text{ p.m.}", "3:30 PM", r"\text{3:30 PM}", "03:30"], ["1:10", "3:03", "0.1", "3:31", "6:60", "330", r"\frac{1}{10}"]),
         ("10:45 a.m.", ["10:45 a.m.", r"10\!:\!45 \text{ a.m.}", "10:45", r"\text{10:45 AM}", "10:45am"], ["10:54", "10:45 p.m.", "2:9"]),
         ("9:00 PM", ["9:00 PM", "9:00", r"9:00 \text{ pm}"], ["9:00 AM", "9:30 PM", "8:00 PM"]),
+        ("3:45 pm", ["15:45", "3:45 pm", r"15{:}45"], ["16:45", "3:45 am", "15:44", "13:45"]),
+        ("15:30", ["15:30", "3:30 pm", r"3:30 \text{ p.m.}"], ["3:30 am", "3:30", "4:30 pm"]),
         ("12:05", ["12:05", r"12\colon 05"], ["12:50", "12:5 5", "2.4"]),
     ],
     "ratios": [
@@ -228,8 +242,8 @@ BOXED: dict[str, list[tuple[object, list[str], list[str]]]] = {
     "scientific notation": [
         (1e-05, ["0.00001", "10^{-5}", r"1\times10^{-5}", r"\frac{1}{100000}", "1e-5", "1e-05", r"1 \cdot 10^{-5}"], ["-2.28", "10^{-4}", "0", "e-5", "0.000014"]),
         (1e16, ["10000000000000000", "10^{16}", r"1 \times 10^{16}", "1e16", "10,000,000,000,000,000"], ["10^{15}", "1", "16e", "1e17"]),
-        ("6.02e23", [r"6.02\times10^{23}", r"6.02 \times 10^{23}", r"6.02\cdot 10^{23}", "6.02e23", "6.02E+23"], [r"6.02\times 10^{22}", "6.02", r"6.03\times10^{23}"]),
-        (r"3.2 \times 10^{-4}", ["0.00032", r"3.2\times10^{-4}", r"32\times 10^{-5}", "3.2e-4"], [r"3.2\times10^4", "0.0032"]),
+        ("6.02e23", [r"6.02\times10^{23}", r"6.02 \times 10^{23}", r"6.02\cdot 10^{23}", "6.02e23", "6.02E+23", "6.02 x 10^{23}", "6.02 x 10^23", "6.02×10²³"], [r"6.02\times 10^{22}", "6.02", r"6.03\times10^{23}"]),
+        (r"3.2 \times 10^{-4}", ["0.00032", r"3.2\times10^{-4}", r"32\times 10^{-5}", "3.2e-4", "3.2 x 10^{-4}", "3.2×10⁻⁴"], [r"3.2\times10^4", "0.0032"]),
         (2.5, ["2.5", r"\frac{5}{2}"], ["25"]),
         (70.0, ["70", "70.0"], ["7"]),
     ],
@@ -288,13 +302,21 @@ BOXED: dict[str, list[tuple[object, list[str], list[str]]]] = {
         ("2i", ["2i", r"2\cdot i"], ["2", "-2i", "2j"]),
         (r"\frac{1+i}{2}", [r"\frac{1}{2}+\frac{1}{2}i", r"\frac{1+i}2", r"\frac12+\frac i2"], [r"\frac{1-i}{2}", "1+i"]),
     ],
+    "names of geometry": [
+        ("AB", [r"\overline{AB}", r"\overrightarrow{AB}"], [r"\overline{AC}"]),
+        (r"\angle A", ["A", r"\angle A"], ["B", r"\angle B"]),
+        (r"\vec{a}", ["a", r"\vec{a}"], [r"\vec{b}"]),
+        (r"2i+3j", [r"2\mathbf{i}+3\mathbf{j}"], [r"3\mathbf{i}+2\mathbf{j}"]),
+        (r"\overline{z}", [r"\overline{z}"], ["z"]),
+        ("I and III", [r"\text{I and III only}", "I, III"], [r"\text{II and III only}", "I"]),
+    ],
     "ordinals": [
         ("3rd", ["3", "3rd", r"3^{\text{rd}}", r"3\text{rd}"], ["2nd", "4", "33"]),
         ("21st", ["21", "21st", r"21^{\text{st}}"], ["12", "1"]),
         ("5th", ["5th", r"5^{th}", r"5^\text{th}"], ["6th"]),
     ],
     "number bases": [  # the base may be missing, as a unit may
-        ("101_2", ["101_2", "101_{2}", "101", "5", r"101_{\text{2}}"], ["101_3", "110_2", "10", "111_2"]),
+        ("101_2", ["101_2", "101₂", "101_{2}", "101", "5", r"101_{\text{2}}"], ["101_3", "101₃", "110_2", "10", "111_2"]),
         ("5", ["101_2", "12_3"], ["101_3", "5_2"]),
         ("2A_{16}", ["2A_{16}", "42", r"2\text{A}_{16}"], ["2B_{16}", "43"]),
     ],
@@ -372,7 +394,10 @@ TEXTS: dict[str, list[tuple[object, list[str], list[str]]]] = {
     "answers without a box": [  # an announced answer counts, a number that merely stands there does not
         ("72", ["6 * 12 = 72\n#### 72", "The final answer is $72$.", "The final answer is $72$. I hope it is correct.", "#### 72.", "**Final answer:** $72$"], ["72", "6 * 12 = 72", "#### 6", "The final answer is $71$.", "Let $n=72$.", "#### 72\n#### 73"]),
         (r"\frac14", [r"The final answer is $\frac14$.", r"The final answer is $\frac{1}{4}$."], [r"The final answer is $\frac41$."]),
-        ("5", [], ["", " ", "I do not know.", "5", "None", "\n"]),
+        ("5", ["The answer is $5$.", "**Answer**: $5$", r"Answer: \(5\)", "The answer is: $$5$$", "The answer is $4$. No, the answer is $5$."],
+         ["", " ", "I do not know.", "5", "None", "\n", "I do not know the answer. $5$", "The answer is 5.", "The answer is $5$. No, the answer is $4$.", "The answer is not $5$."]),
+        ("2, 3 ", ["The answer is $2$ and $3$.", "The answers are 2 and 3.\n#### 3, 2"], ["The answer is $2$. And $3$ is none."]),
+        ("50% ", [r"The answer is $50$\%."], [r"The answer is $5$\%."]),
     ],
     "think tags": [
         ("4", [r"<think>maybe \boxed{3}</think>The answer is \boxed{4}.", r"<think>\boxed{4}</think> \boxed{4}"], [r"<think>\boxed{4}</think>So \boxed{3}", "<think>4</think>", "<think>the answer is 4"]),

@@ -204,6 +204,8 @@ def test_the_answer_of_a_completion(text: str, answer: str | None) -> None:
         ("$12$ apples", "12 apples"),
         ("$5", "$5"),
         (r"\[x\]", "x"),
+        ("So we get $x=3$ and $y=4$, thus 7", ""),
+        ("So we get $x=3$ and $y=4$.", "y=4"),
     ],
 )
 def test_the_answer_of_a_gold(text: str, answer: str) -> None:
@@ -224,9 +226,48 @@ def test_long_texts_are_read_in_time(caplog: pytest.LogCaptureFixture) -> None:
         "{" * 50_000,
         r"\boxed{4}, " * 5_000,
         r"\boxed{" + "(" * 900 + "4" + ")" * 900 + "}",
+        r"\boxed{4}" + " " * 100_000,
+        "\n" * 100_000 + "#### 4",
+        "\n" * 100_000 + "4",
+        "answer is " * 20_000 + "$4$",
+        "answer is $3$" + r"\(" * 50_000,
     ]
-    assert maths_reward(list(map(message, texts)), ["4"] * 4) == [0.0, 0.0, 1.0, 1.0]
+    assert maths_reward(list(map(message, texts)), ["4"] * 9) == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0]
     assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "answer is $" + r"\frac{" * 1500 + "1" + "}{1}" * 1500 + "$",
+        "answer " + r"\frac{" * 1500 + "4" + "}{1}" * 1500,
+        r"\boxed{" + "{" * 500 + "4" + "}" * 500 + "}",
+        r"\boxed{" * 200 + "4" + "}" * 200,
+        r"\boxed{" + "(1+" * 400 + "4" + ")" * 400 + "}",
+        r"\boxed{" + "[1+" * 400 + "4" + "]" * 400 + "}",
+        r"\boxed{" + r"\sqrt(" * 300 + "4" + ")" * 300 + "}",
+        r"\boxed{" + "2^" * 900 + "4}",
+    ],
+)
+def test_deeply_nested_answers_are_wrong_at_once(text: str) -> None:
+    started = time.process_time()
+    assert maths_reward([text], ["4"]) == [0.0]
+    assert time.process_time() - started < 8
+
+
+def test_completions_and_golds_in_odd_forms() -> None:
+    parts = [{"type": "text", "text": r"so \boxed"}, {"type": "text", "text": "{4}"}]
+    completions: list[Any] = [[], [{"role": "assistant"}], [{"content": None}], [{"content": parts}], None]
+    assert maths_reward(completions, ["4"] * 5) == [0.0, 0.0, 0.0, 1.0, 0.0]
+    assert reasoning_maths_reward(
+        [[], [{"content": [{"type": "text", "text": r"</think>\boxed{4}"}]}]], ["4"] * 2
+    ) == [
+        0.0,
+        1.0,
+    ]
+    golds: list[Any] = [None, 4, 4.0, ["4"], "", "N/A", "#### ", r"\boxed{}", float("nan")]
+    rewards = [None, 1.0, 1.0, None, None, None, None, None, None]
+    assert maths_reward([r"\boxed{4}"] * 9, golds) == rewards
 
 
 def test_large_numbers_are_compared_exactly() -> None:

@@ -40,11 +40,14 @@ def test_other_columns(prompt: str, answer: str, tmp_path: Path) -> None:
     assert row == {"prompt": [{"role": "user", "content": "1+1?"}], "solution": r"\boxed{2}"}
 
 
+UNUSABLE = ["#### ", r"\boxed{}", "N/A", "None", "nan", "We get $x=3$ and $y=4$, thus 7", "x" * 3000]
+
+
 def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate(["1", None, "  ", "0"])]
+    rows = [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate(["1", None, "  ", "0", *UNUSABLE])]
     source = write(tmp_path / "rows.jsonl", rows)
     assert list(load("train", source=source)["solution"]) == [r"\boxed{1}", r"\boxed{0}"]
-    assert "2 of 4 rows have no answer" in caplog.text
+    assert f"{2 + len(UNUSABLE)} of {len(rows)} rows have no answer" in caplog.text
     with pytest.raises(ValueError, match="none of the 2 rows"):
         load("train", source=write(tmp_path / "blank.jsonl", rows[1:3]))
 

@@ -2,14 +2,19 @@ r"""Answers of mathematics as text: which part of a text is the answer, and that
 
 Where a notation has several meanings:
 
-- Percent and degree signs and units may be missing on one side; where both sides have one, it must be the same.
+- Signs of percent, degrees and currencies and units may be missing on one side; where both sides have one, it must be
+  the same.
   `50\%` is `\frac{1}{2}` too, and `30^\circ` is `\frac{\pi}{6}`. Unknown units are not compared, none is converted.
 - A missing number base is no fault, a wrong one is.
 - `a:b` and `a:b:c` are ratios; with two digits after it, `h:mm` may be a time too, and then agrees with no other time.
-- Words count without case and spaces.
+- Values without names are in the order of a gold's names: `(3,4)` and `x=3, y=4`. Those of one letter have no order.
+- Words count without case and spaces. `ACD` are the choices A, C and D.
 """
 
+import math
 import re
+import unicodedata
+from decimal import Decimal
 
 UNITS = {
     alias: unit
@@ -40,6 +45,9 @@ UNITS = {
         "year": "yr year",
         "dollar": "dollar usd",
         "cent": "cent",
+        "euro": "euro eur",
+        "yen": "yen",
+        "rupee": "rupee",
         "mph": "mph",
         "km/h": "km/h kmh kph kmph",
         "m/s": "m/s",
@@ -53,12 +61,19 @@ SYMBOLS = {
     "∞": r"\infty ", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ",
     "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}",  # noqa: RUF001
     "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "∖": r"\setminus ",  # noqa: RUF001
-    "¼": r"\frac14 ", "½": r"\frac12 ", "¾": r"\frac34 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ", "⅛": r"\frac18 ",
-    "⁰": "^0", "¹": "^1", "²": "^2", "³": "^3", "⁴": "^4", "⁵": "^5", "⁶": "^6", "⁷": "^7", "⁸": "^8", "⁹": "^9",
-    "，": ",", "：": ":", "（": "(", "）": ")", "。": ".", "％": r"\%", "\u00a0": " ", "\u2009": " ", "\u202f": " ",  # noqa: RUF001
-    "“": '"', "”": '"', "’": "'", "α": r"\alpha ", "β": r"\beta ", "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ",  # noqa: RUF001
-    "€": r"\$", "£": r"\$", "¥": r"\$", "₹": r"\$", "¢": "",
+    "⁻": "-", "。": ".", "“": '"', "”": '"', "’": "'",  # noqa: RUF001
+    "α": r"\alpha ", "β": r"\beta ", "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ",  # noqa: RUF001
 }  # fmt: skip
+CURRENCIES = {
+    r"\$": "dollars", "$": "dollars", "¢": "cents", "€": "euros", r"\euro": "euros",
+    "£": "pounds", r"\pounds": "pounds", "¥": "yen", r"\yen": "yen", "₹": "rupees",
+}  # fmt: skip
+SIGN = r"(?:\bUS\s*)?(?P<sign>\\?\$|[€£¥₹¢]|\\(?:pounds|euro|yen)\b)"
+AMOUNT = r"(?P<amount>\d[\d.,{}\\!;: ]*?)"
+MONEY = (
+    re.compile(rf"(?P<minus>-?)\s*{SIGN}\s*{AMOUNT}[\s.]*"),
+    re.compile(rf"(?P<minus>-?)\s*{AMOUNT}\s*{SIGN}[\s.]*"),
+)
 
 
 MARKDOWN = r"^(\*\*|__|`+|[*_\"'])(.+)\1$"
@@ -68,36 +83,56 @@ BOX_TOKENS = re.compile(
 BETWEEN_BOXES = re.compile(
     r"(?:[\s$*,;&{}]|\\[()\[\],;:! ]|\\(?:q?quad|text|mathrm)\b|\band\b|\bor\b|[A-Za-z](?:_\{?\w+\}?)?\s*=)*"
 )
-AFTER_BOX = re.compile(r"\s*\$?\s*(\\?%|\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|°)")
+AFTER_BOX = re.compile(r"[\s$]{0,8}(\\?%|\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|°)")
 MATHS = re.compile(
     r"\$\$(.+?)\$\$|(?<![\\\d])\$(?=\S)((?:[^$\\]|\\.)+?)\$(?!\d)|(?<!\\)\\\((.+?)\\\)|(?<!\\)\\\[(.+?)\\\]",
     re.DOTALL,
 )
 """Mathematics between delimiters; `$5 and $6` is none."""
+ANNOUNCED = re.compile(r"\banswer\*{0,3}(?:\s+is\b|\s*:)[\s:*]{0,8}", re.IGNORECASE)
+FAR = 4_000
+"""Characters after an announcement in which its answer ends: a search to the end of the text could be quadratic."""
 
 
 def completion_answer(text: str) -> str | None:
-    r"""The last box of a completion, or what follows `####` in its last line; `None` if there is neither.
+    r"""The last box of a completion, or what follows `####` in its last line, or an announced answer.
 
-    Boxes that only a comma, "and" or "or" parts are one answer. A box that is not closed is no answer, nor is one
-    before it.
+    `None` if there is none of these. Boxes that only a comma, "and" or "or" parts are one answer. A box that is not
+    closed is no answer, nor is one before it.
     """
     boxes, is_open = _boxes(text)
     if is_open:
         return None
     if boxes:
         return _joined(text, boxes)
-    marked = re.search(r"(?:^|\n)\s*####[ \t]*([^\n]*\S)\s*$", text)
-    return marked[1] if marked else None
+    last_line = text.rstrip().rpartition("\n")[2].lstrip()
+    if last_line.startswith("####"):
+        return last_line.removeprefix("####").strip() or None
+    return _announced(text)
 
 
-def announced(text: str) -> str | None:
-    """A text without a box for math-verify to look for its answer in; `None` if it does not speak of one."""
-    return _as_tex_groups(text) if "answer" in text.lower() else None
+def _announced(text: str) -> str | None:
+    """The mathematics directly after the last "answer is" or "answer:", to the end of a list."""
+    announcements = list(ANNOUNCED.finditer(text))
+    pieces: list[tuple[int, int, str]] = []
+    position = announcements[-1].end() if announcements else len(text)
+    for match in MATHS.finditer(text, position, position + FAR):
+        if match.start() != position and not (pieces and BETWEEN_BOXES.fullmatch(text, position, match.start())):
+            break
+        position = match.end()
+        pieces.append((match.start(), position, _piece(match)))
+    return _joined(text, pieces) if pieces else None
+
+
+def _piece(match: re.Match[str]) -> str:
+    return next(filter(None, match.groups()))
 
 
 def gold_answer(text: str) -> str:
-    r"""The final answer in a dataset's answer: the last box, what follows `####`, or the last piece of mathematics."""
+    r"""The final answer in a dataset's answer: the last box, what follows `####`, or the last piece of mathematics.
+
+    Empty if the text goes on behind several pieces: which of them is the answer cannot be told.
+    """
     boxes, _ = _boxes(text)
     if boxes:
         return _joined(text, boxes)
@@ -108,8 +143,10 @@ def gold_answer(text: str) -> str:
     rest = MATHS.sub("", text)
     is_list = re.fullmatch(r"(?:[\s,;.*]|\band\b|\bor\b)*", rest)
     if is_list or (pieces[0].start() == 0 and re.fullmatch(r"\s*(?:\\?%|°|[A-Za-z./ ]+)[.]?", rest)):
-        return MATHS.sub(lambda match: next(filter(None, match.groups())), text)
-    return next(filter(None, pieces[-1].groups()))
+        return MATHS.sub(_piece, text)
+    if len(pieces) > 1 and re.search(r"\w", text[pieces[-1].end() :]):
+        return ""
+    return _piece(pieces[-1])
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
@@ -143,14 +180,32 @@ def _joined(text: str, boxes: list[tuple[int, int, str]]) -> str:
 def latex(answer: str) -> str:
     """An answer in plain LaTeX: no markdown, delimiters, formatting, spacing or final punctuation."""
     text = answer.strip()
-    text = re.sub(r"(?<=\d)([¼½¾⅓⅔⅛])", r"\1", text)
-    for symbol, command in SYMBOLS.items():
-        text = text.replace(symbol, command)
+    if not text.isascii():
+        text = _ascii(text)
     text = _without_formatting(text)
     text = _as_words_say(text)
     text = _as_tex_groups(text)
     text = _numbers(text)
     return _sets(_trimmed(text))
+
+
+def _ascii(text: str) -> str:
+    """Symbols as LaTeX, digits of all scripts as ASCII, nothing of no width."""
+    text = re.sub("[¼-¾⅐-⅞]", _fraction, text)
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
+    for symbol, command in SYMBOLS.items():
+        text = text.replace(symbol, command)
+    text = re.sub("[\u200b-\u200f\u2060\ufeff]", "", _compatible(text))
+    return re.sub(r"\d", lambda digit: str(int(digit[0])), text)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    top, bottom = re.findall(r"\d+", _compatible(match[0]))
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _compatible(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
 
 
 def _sets(text: str) -> str:
@@ -167,7 +222,9 @@ def _sets(text: str) -> str:
 
 def _without_formatting(text: str) -> str:
     text = re.sub(MARKDOWN, r"\2", text, flags=re.DOTALL).strip()
-    text = re.sub(r"(?:\bUS)?\\\$|\\(?:pounds|euro|yen)\b|\$|\s*o'clock", "", text)
+    if money := next(filter(None, (pattern.fullmatch(text) for pattern in MONEY)), None):
+        text = rf"{money['minus']}{money['amount']}\text{{ {CURRENCIES[money['sign']]}}}"
+    text = re.sub(rf"{SIGN}|\s*o'clock", "", text)
     text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text)
     text = re.sub(r"\{\s*([,:])\s*\}", r"\1", text)
     text = re.sub(r"\\!", "", text)
@@ -181,7 +238,11 @@ def _without_formatting(text: str) -> str:
         r"\\(?:mathrm|textrm|textbf|textit|textnormal|textsf|mbox|operatorname|mathsf|rm|emph)\s*\{", r"\\text{", text
     )
     text = re.sub(r"\\(?:text)?color\s*\{\w*\}|\\(?:bf|rm|it|bfseries)\b", "", text)
+    text = re.sub(r"\\(?:mathbf|bm|boldsymbol)\s*\{\s*([a-z])\s*\}", r" \1", text)
     text = re.sub(r"\\(?:boxed|fbox|underline|mathbf|mathit|bm|boldsymbol|mathnormal|hbox)\s*(?=\{)", "", text)
+    text = re.sub(
+        r"\\(?:vec|overrightarrow|overline(?=\s*\{\s*[A-Z]{2}\s*\}))\s*(?=\{)|\\(?:angle|triangle)\b", "", text
+    )
     text = re.sub(r"\\[hv]?(?:space|phantom)\s*\{[^{}]*\}|\\(?:[lL]arge|LARGE|[hH]uge|small|checkmark)\b", "", text)
     text = re.sub(r"\\lbrace\b", r"\\{", re.sub(r"\\rbrace\b", r"\\}", text))
     text = re.sub(r"\\langle\b|\\lparen\b", "(", re.sub(r"\\rangle\b|\\rparen\b", ")", text))
@@ -309,6 +370,7 @@ def _argument(text: str, position: int) -> tuple[str, int]:
 
 def _numbers(text: str) -> str:
     text = re.sub(r"(?<![\w.])(\d+)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", _repeating, text)
+    text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
     text = re.sub(r"(?<![A-Za-z_\\\d.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])", r"\1\\times 10^{\2}", text).replace(
         "^{+", "^{"
     )
@@ -417,7 +479,10 @@ def _unit(words: str) -> str | None:
 def readings(right: str, answer: str) -> tuple[list[str], list[str]]:
     """The values of gold and answer in all readings that their signs, units and bases allow."""
     (gold, gold_sign, gold_unit), (given, sign, unit) = split_unit(right), split_unit(answer)
-    if gold_unit and unit and gold_unit != unit:
+    marks = (gold_unit or gold_sign, unit or sign)
+    if "°" in marks:  # `37^\circ` may be `37^\circ\text{C}`
+        marks = (marks[0][:1], marks[1][:1])
+    if all(marks) and marks[0] != marks[1]:
         return [gold], []
     golds, answers = _values(gold) or [gold], _values(given)[:1]
     if gold_sign != sign and gold_sign:
@@ -452,9 +517,12 @@ def _values(value: str) -> list[str]:
         return []
 
 
+NAMES_OF_POINT = re.compile(r"^\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)\s*=\s*(?=\()")
+
+
 def formula(text: str) -> str:
     """LaTeX that math-verify misreads, in LaTeX that it reads."""
-    text = re.sub(r"^\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)\s*=\s*(?=\()", "", text)
+    text = NAMES_OF_POINT.sub("", text)
     if r"\pm" in text or r"\begin" in text:
         text = re.sub(r"^[A-Za-z]\w*\s*=\s*", "", text)
     if re.search(r"[{(][^{}()]*\\pm", text):  # math-verify knows it between terms alone
@@ -465,3 +533,13 @@ def formula(text: str) -> str:
     text = re.sub(r"(?<![\d_^{A-Za-z.])(\d+)\s*\(", r"\1 \\cdot (", text)
     text = re.sub(r"(?<![A-Za-z\\])d(?=\s*\\)", "{d}", text)  # not a differential
     return re.sub(r"\\log_\s*\{?e\}?(?![a-z])", r"\\ln ", text)
+
+
+def as_text(answer: str | float | None) -> str:
+    r"""An answer as LaTeX has it: without exponents such as `1e-05`; empty where there is none, as in "N/A"."""
+    if isinstance(answer, float):
+        if math.isinf(answer):
+            return r"\infty" if answer > 0 else r"-\infty"
+        answer = "" if math.isnan(answer) else format(Decimal(repr(answer)), "f")
+    text = "" if answer is None else str(answer).strip()
+    return "" if text.lower() in {"nan", "none", "null", "n/a"} else text

@@ -40,7 +40,7 @@ def equal(golds: list[str], answers: list[str]) -> bool | None:
 
     Args:
         golds: LaTeX in `\boxed{}`.
-        answers: The same, or a text that says what the answer is.
+        answers: The same.
 
     Returns:
         `None` if none of the golds is understood.
@@ -64,10 +64,10 @@ def _parse(text: str) -> tuple[Any, ...]:
     """
     try:
         found = parse(text, [EXTRACTION], "no_fallback", "first_match", PARSING_SECONDS, raise_on_error=True)
+        return tuple(_adjusted(expression, text) for expression in found)
     except Exception:
         logger.debug("Parsing failed", exc_info=True)
         return ()
-    return tuple(_adjusted(expression, text) for expression in found)
 
 
 @timeout(COMPARING_SECONDS)

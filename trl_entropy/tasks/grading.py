@@ -11,15 +11,18 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from trl_entropy.tasks.answers import announced, completion_answer, formula, gold_answer, latex, readings
+from trl_entropy.tasks.answers import NAMES_OF_POINT, as_text, completion_answer, formula, gold_answer, latex, readings
 from trl_entropy.tasks.environments import EnvironmentCrash
 from trl_entropy.tasks.simulators import ChildProcess
+from trl_entropy.tasks.templates import text_of
 
 MAX_CHARACTERS = 2_000
-"""Longer answers are wrong, unread."""
+MAX_DEPTH = 30
+"""Longer answers, and those with brackets nested deeper, are wrong, unread."""
 CHILD_SECONDS = 120.0
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ def maths_reward(
         log_extra: Takes columns for the table of completions.
         kwargs: Not used.
     """
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    texts = map(_text, completions)
     grades = [_grade(gold, text) for gold, text in zip(solution, texts, strict=True)]
     if log_extra is not None:
         log_extra("solution", list(solution))
@@ -68,38 +71,50 @@ def reasoning_maths_reward(
         kwargs: Not used.
     """
     delimiters = reasoning_delimiters or ["</think>"]
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    ends = [next((end for end in delimiters if end in (text or "")), None) for text in texts]
+    texts = list(map(_text, completions))
+    ends = [next((end for end in delimiters if end in text), None) for text in texts]
     finals = [text.split(end)[-1] if end else "" for text, end in zip(texts, ends, strict=True)]
     rewards = maths_reward(finals, solution, log_extra)
     return [reward if end else 0.0 for reward, end in zip(rewards, ends, strict=True)]
 
 
-def _grade(gold: str, completion: str | None) -> tuple[float | None, str, str]:
+def _text(completion: str | list[dict[str, Any]] | None) -> str:
+    """The text of a completion's last message."""
+    if isinstance(completion, str):
+        return completion
+    return "" if not completion else text_of({"content": None, **completion[-1]})
+
+
+def _grade(gold: Any, completion: str) -> tuple[float | None, str, str]:
     """The reward, and what was read as the gold and as the answer."""
-    right = latex(gold_answer(gold))
-    text = completion or ""
-    found = completion_answer(text)
+    right = read(gold_answer(as_text(gold))) if isinstance(gold, str | int | float) else None
+    if not right:
+        return None, "[not read]", "[not read]"
+    found = completion_answer(completion)
+    answer = None if found is None else read(found)
+    if answer is None:
+        return 0.0, right, "[none]" if found is None else "[too long]"
     try:
-        if found is None:
-            answer = announced(text)
-            return (float(bool(_equal([_boxed(right)], [answer]))) if answer else 0.0), right, answer or "[none]"
-        if len(found) > MAX_CHARACTERS:
-            return 0.0, right, "[too long]"
-        answer = latex(found)
         return compare(right, answer), right, answer
     except TimeoutError:
-        logger.warning(
-            "No reward, math-verify ran out of time: gold %r, answer %r.", right[:200], (found or text)[-200:]
-        )
+        logger.warning("No reward, math-verify ran out of time: gold %r, answer %r.", right[:200], answer[-200:])
         return None, right, "[timeout]"
+
+
+def read(text: str) -> str | None:
+    """The answer in plain LaTeX; `None` if it is too long or too deep."""
+    if len(text) > MAX_CHARACTERS:
+        return None
+    text = latex(text)
+    depths = [0, *accumulate((character in "([{") - (character in ")]}") for character in text)]
+    return text if max(depths) - min(depths) <= MAX_DEPTH else None
 
 
 def compare(right: str, answer: str) -> float | None:
     """Whether two answers in plain LaTeX have the same value; `None` if the gold is not understood."""
     if right.replace(" ", "") == answer.replace(" ", ""):
         return 1.0 if right else None
-    for rule in (_compare_choices, _compare_words, _compare_colons):
+    for rule in (_compare_choices, _compare_words, _compare_colons, _compare_named):
         reward = rule(right, answer)
         if reward is not None:
             return reward
@@ -158,7 +173,13 @@ def _compare_choices(right: str, answer: str) -> float | None:
     return None
 
 
+CHOICES = re.compile(r"^(?:\\text\s*\{)?(?=[A-J]{2,5}\}?$)(A?B?C?D?E?F?G?H?I?J?)\}?$")
+"""`ACD`, which is `A, C, D`."""
+
+
 def _compare_words(right: str, answer: str) -> float | None:
+    if "," in right + answer:
+        right, answer = (CHOICES.sub(lambda choices: ",".join(choices[1]), text) for text in (right, answer))
     gold, given = _words(right), _words(answer)
     if gold is not None and given is not None:
         return float(gold == given)
@@ -168,7 +189,7 @@ def _compare_words(right: str, answer: str) -> float | None:
 def _words(text: str) -> list[str] | None:
     """The words or letters that an answer consists of; `None` if it is something else, such as `xyz`."""
     words = []
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\s+only$", "", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip())
     for part in re.sub(r"^([A-Z])\)$", r"\1", text.strip()).split(","):
         part = re.sub(r"[{}]", "", part).strip(" .")
         part = re.sub(r"^(?:\(\s*([A-Za-z])\s*\)|\[([A-Za-z])\])$", r"\1\2", part)
@@ -193,12 +214,31 @@ def _compare_colons(right: str, answer: str) -> float | None:
         given += ":00"
     clock_given = CLOCK.fullmatch(given)
     if clock and clock_given:
-        halves = {half.lower() for half in (clock[3], clock_given[3]) if half}
-        return float(clock.group(1, 2) == clock_given.group(1, 2) and len(halves) < 2)
+        times = _time(clock, clock_given[3]), _time(clock_given, clock[3])
+        return float(times[0][:2] == times[1][:2] and len({half for *_, half in times if half}) < 2)
     if clock and (":" in given or _is_time(clock)):
         return 0.0
     ratios = [_ratio(text) for text in (gold, given)]
     return None if ratios == [gold, given] else compare(*ratios)
+
+
+def _time(clock: re.Match[str], other_half: str | None) -> tuple[int, str, str]:
+    """Hour, minute and half of the day; `15:30` is 3:30 p.m. where the other side names a half."""
+    hour, half = int(clock[1]), (clock[3] or "").lower()
+    return (hour - 12, clock[2], "p") if other_half and 12 < hour < 24 else (hour, clock[2], half)
+
+
+NAMED = re.compile(r"\s*(\\[a-z]+|[A-Za-z])\s*=([^=<>]+)")
+
+
+def _compare_named(right: str, answer: str) -> float | None:
+    """The gold `x=3, y=4` and values without names, which are in its order."""
+    named = [NAMED.fullmatch(part) for part in right.split(",")]
+    answer = re.sub(r"^\\\{(.*)\\\}$", r"\1", NAMES_OF_POINT.sub("", answer))
+    if "=" in answer or len({match[1] for match in named if match}) != len(named) or len(named) < 2:
+        return None
+    values = ",".join(match[2].strip() for match in named if match)
+    return compare(f"({values})", answer if answer.startswith("(") else f"({answer})")
 
 
 def _with_colons(text: str) -> str:

@@ -4,17 +4,15 @@ The default rows are those the Klear papers train on, KlearReasoner-MathSub-30K 
 """
 
 import logging
-import math
 import re
 from collections.abc import Iterator
-from decimal import Decimal
 from typing import Any
 
 from datasets import Dataset
 
 from trl_entropy.tasks import Task
-from trl_entropy.tasks.answers import tidy
-from trl_entropy.tasks.grading import maths_reward
+from trl_entropy.tasks.answers import as_text, gold_answer, tidy
+from trl_entropy.tasks.grading import maths_reward, read
 from trl_entropy.tasks.sources import load_source, select_split
 from trl_entropy.tasks.templates import Messages, add_instruction, check_template, text_of
 
@@ -40,7 +38,8 @@ def load(
 
     The rows need a prompt (`prompt`, `problem` or `question`: text, or chat messages) and an answer: `answer`, or
     `reward_model`, a mapping with `ground_truth`, or `solution`; of several, the first of these that is not blank.
-    Rows whose answer is missing, blank or not a number (NaN) are left out, and a warning says how many.
+    Rows whose answer is missing, blank, "N/A", "None" or NaN are left out, and so are derivations that go on behind
+    several pieces of mathematics without a box; a warning says how many.
 
     Args:
         split: `"train"` or `"test"`.
@@ -99,8 +98,9 @@ def _problems(rows: Dataset, source: str) -> Iterator[dict[str, Any]]:
         prompt = _messages(row[prompt_column], f"{where}, column {prompt_column!r}")
         answers = (_answer(row[column], f"{where}, column {column!r}") for column in answer_columns)
         answer = next(filter(None, answers), "")
-        if answer:
-            yield {"prompt": prompt, "solution": parsable(answer)}
+        gold = parsable(answer)
+        if read(gold_answer(gold)):
+            yield {"prompt": prompt, "solution": gold}
 
 
 def _first_column(rows: Dataset, names: tuple[str, ...], source: str, what: str) -> str:
@@ -142,16 +142,6 @@ def _answer(answer: Any, where: str) -> str:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
         raise ValueError(f"{where}: {answer!r} is not an answer. Use text or a number.")
     return as_text(answer)
-
-
-def as_text(answer: str | float | None) -> str:
-    r"""An answer as LaTeX has it: without exponents such as `1e-05`; empty where there is none, or NaN."""
-    if isinstance(answer, float):
-        if math.isinf(answer):
-            return r"\infty" if answer > 0 else r"-\infty"
-        answer = "" if math.isnan(answer) else format(Decimal(repr(answer)), "f")
-    text = "" if answer is None else str(answer).strip()
-    return "" if text.lower() == "nan" else text
 
 
 TASK = Task(name="maths", load=load, reward_funcs=(maths_reward,))
