@@ -204,6 +204,6 @@ def test_a_pretrained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     given = ["--model", resolve_model(SMOLLM2), "--dataset", "rows.jsonl", "--dtype", "autocast", "--steps", "1"]
     found = run([*given, "--max_completion_length", "16", "--learning_rate", "1e-5"])
     for name in ("more padding", "float32"):
-        assert found["rounding"][name]["erc"]["all"] > 0.0
+        assert found["rounding"][name]["erc"]["all"] > 0.02, found["rounding"]
         assert found["rounding"][name]["ppo_clip"]["all"] < found["rounding"][name]["erc"]["all"]
     assert found["updates"][0]["erc"]["all"]["precision"] is not None
