@@ -55,7 +55,7 @@ def test_all_controls_train_the_policy(make_server_trainer: Callable[..., Any], 
     assert len(rollouts) == 2
     for rollout in rollouts:
         assert rollout["old_entropies"].shape == rollout["old_per_token_logps"].shape
-        torch.testing.assert_close(*sampled_and_recomputed(rollout), rtol=0, atol=1e-5)
+        torch.testing.assert_close(*sampled_and_recomputed(rollout), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

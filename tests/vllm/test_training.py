@@ -63,7 +63,7 @@ def test_asyppo_trains_the_policy(make_vllm_trainer: Callable[..., Any], tiny_mo
         assert max(logged(trainer, key)) > 0.0, key
     assert len(rollouts) == 3
     for rollout in rollouts:
-        torch.testing.assert_close(*sampled_and_recomputed(rollout), rtol=0, atol=1e-5)
+        torch.testing.assert_close(*sampled_and_recomputed(rollout), rtol=1e-5, atol=1e-4)
 
 
 def test_log_probs_of_engine_and_trainer_agree(make_vllm_trainer: Callable[..., Any]) -> None:
@@ -73,7 +73,7 @@ def test_log_probs_of_engine_and_trainer_agree(make_vllm_trainer: Callable[..., 
     trainer.train()
     assert len(rollouts) == 2
     for rollout in rollouts:
-        torch.testing.assert_close(*sampled_and_recomputed(rollout), rtol=0, atol=1e-5)
+        torch.testing.assert_close(*sampled_and_recomputed(rollout), rtol=1e-5, atol=1e-4)
         ratio = rollout["importance_sampling_ratio"]
         torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-4)
 
