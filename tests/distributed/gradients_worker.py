@@ -130,7 +130,7 @@ def run_case(model: str, folder: str, case: tuple[str, str, str]) -> dict[str, A
     return {
         "gradients": {name: value.grad for name, value in trainer.model.named_parameters()},
         "metrics": trainer.control_metrics() | critic_metrics(trainer),
-        "history": trainer.control_state()["entropy_history"]["steps"],
+        "history": trainer.control_state()["epo"]["steps"],
         "processes": trainer.accelerator.num_processes,
     }
 

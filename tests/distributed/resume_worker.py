@@ -21,8 +21,8 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=checkpoint[0] if checkpoint else None)
     found = {
         "steps": trainer.state.global_step,
-        "history": trainer._entropy_history.steps,
-        "running": trainer._entropy_history._running is not None,
+        "history": trainer.active.states["epo"].steps,
+        "running": trainer.active.states["epo"]._running is not None,
         "weights": trainer.model.state_dict(),
         "warnings": [str(warning.message) for warning in caught],
     }

@@ -98,7 +98,7 @@ def test_a_checkpoint_has_the_rollout_of_each_process(trained: Trained, config: 
     completions = [[batch["completion_ids"].tolist() for batch in half["buffered_inputs"]] for half in (first, second)]
     assert completions[0] != completions[1]
     later = [torch.load(run / f"checkpoint-6/rollout_rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    histories = [half["controls"]["entropy_history"]["steps"] for half in later]
+    histories = [half["controls"]["epo"]["steps"] for half in later]
     assert len(histories[0]) == 1  # the rollout of steps 1 to 4
     assert histories[0] == histories[1]
 

@@ -55,7 +55,7 @@ def main(policy: str, folder: str) -> None:
     trainer.save_model(str(Path(folder) / "final"))
     adapters = {name: value.detach() for name, value in trainer.policy_model.named_parameters() if "lora" in name}
     torch.save(
-        {"adapters": adapters, "history": trainer._entropy_history.steps, "logs": trainer.state.log_history},
+        {"adapters": adapters, "history": trainer.active.states["epo"].steps, "logs": trainer.state.log_history},
         Path(folder) / f"rank{trainer.accelerator.process_index}.pt",
     )
 

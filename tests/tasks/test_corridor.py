@@ -142,4 +142,4 @@ def test_training_solves_it(policy, tmp_path):
     assert len(success) == 16
     assert sum(success[-3:]) / 3 > sum(success[:3]) / 3 + 0.15
     assert all(14 <= count <= 20 for count in turns)
-    assert len(trainer._entropy_history.turn_steps[0]) == 20
+    assert len(trainer.active.states["epo"].turn_steps[0]) == 20

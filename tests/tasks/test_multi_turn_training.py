@@ -127,7 +127,7 @@ def test_critics_and_controls_leave_observations_alone(make_trainer, tiny_model_
         assert turn_indices(mask).amax(1).tolist() == [1] * len(mask)  # two turns with an observation between them
     log = trainer.state.log_history[0]
     assert {"epo/beta", "entropy/turn_1", "entropy/turn_2", "asyppo/explained_variance"} <= set(log)
-    assert len(trainer._entropy_history.turn_steps[0]) == 2
+    assert len(trainer.active.states["epo"].turn_steps[0]) == 2
 
 
 def turn_means(batches):
@@ -239,8 +239,8 @@ def test_rollout_whose_episodes_were_all_discarded_leaves_the_policy_alone(make_
     trainer.train()
     assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
     assert [entry["episode/discarded_fraction"] for entry in trainer.state.log_history[:1]] == [1.0]
-    trainer._entropy_history.finish_step(lambda totals: totals)
-    assert len(trainer._entropy_history) == 0
+    trainer.active.states["epo"].finish_step(lambda totals: totals)
+    assert len(trainer.active.states["epo"]) == 0
 
 
 def test_evaluation_plays_too(make_trainer):
@@ -250,4 +250,4 @@ def test_evaluation_plays_too(make_trainer):
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_episode/turns"] == 2
-    assert len(trainer._entropy_history.turn_steps) == 0
+    assert len(trainer.active.states["epo"].turn_steps) == 0

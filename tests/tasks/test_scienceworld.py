@@ -279,7 +279,7 @@ def test_training(tmp_path, monkeypatch):
     assert logs[0]["episode/turns"] == 4
     assert logs[0]["episode/discarded_fraction"] == 0
     assert {f"entropy/turn_{turn}" for turn in range(1, 5)} <= set(logs[0])
-    assert [len(step) for step in trainer._entropy_history.turn_steps] == [4]
+    assert [len(step) for step in trainer.active.states["epo"].turn_steps] == [4]
 
 
 @marked

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from trl_entropy import DiagnosisCallback
-from trl_entropy.telemetry import diagnosis
-from trl_entropy.telemetry.diagnosis import MIN_ENTRIES, RULES, diagnose, num_swings
+from trl_entropy.controls import health
+from trl_entropy.controls.health import MIN_ENTRIES
+from trl_entropy.telemetry.diagnosis import RULES, diagnose, num_swings
 
 STEPS = 40
 
@@ -204,7 +205,7 @@ def test_callback_is_silent_on_other_processes() -> None:
 
 
 def test_callback_warns_in_a_training(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnosis, "MIN_ENTRIES", 3)
+    monkeypatch.setattr(health, "MIN_ENTRIES", 3)
     on_policy = {"steps_per_generation": 1, "max_steps": 3, "learning_rate": 1e-6}
     with pytest.warns(UserWarning, match="ERC will do nothing"):
         trainer = make_trainer(erc_low=0.95, erc_high=1.05, callbacks=[DiagnosisCallback()], **on_policy)

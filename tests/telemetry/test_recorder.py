@@ -128,10 +128,36 @@ def test_flags_say_what_the_controls_did(make_trainer: Any) -> None:
         assert means == pytest.approx(logged(trainer, key), abs=1e-6)
 
 
+@pytest.mark.parametrize("controls", [{}, ALL_CONTROLS], ids=["plain", "all"])
+def test_gradient_is_that_of_the_loss(make_trainer: Any, monkeypatch: pytest.MonkeyPatch, controls: Any) -> None:
+    trainer = make_trainer(**controls, record_tokens=48, max_steps=4, learning_rate=1e-2, beta=0.0, loss_type="bnpo")
+    calls: list[Any] = []
+    updates: list[Update] = []
+    gradients: list[torch.Tensor] = []
+    on_loss, add, backward = trainer.on_loss, trainer._recorder.add, trainer.accelerator.backward
+
+    def backward_twice(loss: torch.Tensor, **kwargs: Any) -> None:
+        gradients.append(torch.autograd.grad(loss, calls[-1].logps, retain_graph=True)[0])
+        backward(loss, **kwargs)
+
+    monkeypatch.setattr(trainer, "on_loss", lambda call, inputs: (calls.append(call), on_loss(call, inputs)))
+    monkeypatch.setattr(trainer, "added_loss", lambda call: None)  # the policy loss alone
+    monkeypatch.setattr(trainer._recorder, "add", lambda update: (updates.append(update), add(update)))
+    monkeypatch.setattr(trainer.accelerator, "backward", backward_twice)
+    trained(trainer)
+    assert len(gradients) == len(updates) == 4
+    for gradient, update in zip(gradients, updates, strict=True):
+        mask = update.mask
+        found = trainer._recorder._columns(update)["gradient"][mask]
+        torch.testing.assert_close(found, -gradient[mask] * mask.sum(), rtol=1e-4, atol=1e-5)
+        assert found.abs().max() > 0.1
+
+
 def test_settings_that_the_figures_need_are_beside_the_rows(make_trainer: Any) -> None:
     settings = record_of(trained(make_trainer(**ALL_CONTROLS, **RECORDED))).settings
     assert (settings["erc_low"], settings["erc_high"], settings["ce_gppo_alpha1"]) == (0.95, 1.05, 0.75)
-    assert (settings["epsilon_low"], settings["epsilon_high"], settings["advantage_mask_fraction"]) == (0.2, 0.2, None)
+    assert (settings["epsilon_low"], settings["epsilon_high"]) == (0.2, 0.2)
+    assert "advantage_mask_fraction" not in settings  # of a configuration without critics
 
 
 def test_critics_are_recorded(make_trainer: Any, tiny_model_path: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.telemetry.made_record import write_record
+from trl_entropy.controls.health import MIN_ENTRIES
 from trl_entropy.telemetry.completions import MARKS
-from trl_entropy.telemetry.diagnosis import MIN_ENTRIES
 from trl_entropy.telemetry.figures import FIGURES
 from trl_entropy.telemetry.report import write_report
 from trl_entropy.telemetry.runs import read_runs
@@ -127,7 +127,9 @@ def test_page_shows_accuracies_settings_and_figures(tmp_path: Path) -> None:
         assert text in page.text
     assert re.search(r"run\s*erc_low\s*erc\s*0\.95\s*ppo\s*-", page.text)  # only what differs is in the table
     assert page.elements.count("svg") == page.elements.count("figure") == 2
-    assert "Not logged by any of these runs: Gradient norm; Tokens clipped by ERC" in page.text
+    assert (
+        "Not logged by any of these runs: Gradient norm; Tokens outside the PPO clip range; Tokens given" in page.text
+    )
     shown = [figure for figure in FIGURES if figure.name in ("reward", "entropy")]
     assert all(figure.title in page.text and figure.reading in page.text for figure in shown)
 
@@ -223,6 +225,7 @@ FLAGS = {
     "value_mean": 0.5,
     "turn": [0] * 20 + [1] * 20,
     "A": [1.0, -1.0] * 20,
+    "gradient": [1.0, -1.0] * 20,
 }
 
 
@@ -245,7 +248,7 @@ def test_record_gives_figures_and_completions(tmp_path: Path) -> None:
     labels = [value for key, value in page.attributes if key == "aria-label"]
     assert len([label for label in labels if label and label.startswith("a: ")]) == 30
     assert len([key for key, _ in page.attributes if key == "tabindex"]) == 30
-    assert page.text.count("aEF") == 10  # the letters of both marks stand beside the token
+    assert page.text.count("aFE") == 10  # the letters of both marks stand beside the token
 
 
 def test_report_without_a_record_says_how_to_get_one(tmp_path: Path) -> None:

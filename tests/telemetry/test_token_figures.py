@@ -51,9 +51,9 @@ def test_points_are_thinned_evenly() -> None:
 
 
 def test_contributions_of_the_four_classes_by_hand(tmp_path: Path) -> None:
-    # -w A exp(lp) (lp + H), with H = 1 and w = r = 1
+    # -g exp(lp) (lp + H), with H = 1 and g = A
     lp, advantage = [-0.5, -2.0, -0.5, -2.0, -0.5], [1.0, 1.0, -1.0, -1.0, 0.0]
-    record = make_record(tmp_path, 5, lp=lp, A=advantage)
+    record = make_record(tmp_path, 5, lp=lp, A=advantage, gradient=advantage)
     high, low = math.exp(-0.5) * 0.5, math.exp(-2.0) * -1.0
     expected = np.array([-high, -low, high, low, 0.0])
     contributions, classes = entropy_contributions(record)
@@ -63,25 +63,9 @@ def test_contributions_of_the_four_classes_by_hand(tmp_path: Path) -> None:
     assert contributions[0] < 0 < contributions[1]
 
 
-@pytest.mark.parametrize(
-    ("settings", "columns", "weights"),
-    [
-        # tokens: inside with ratio 1.1, below the region, above it
-        ({}, {}, [1.1, 0.0, 0.0]),
-        ({"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 0.5}, {}, [1.1, 0.75 * 0.8, 0.5 * 1.2]),
-        (
-            {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 0.5},
-            {"erc_clipped": [0, 0, 1], "advantage_masked": [1, 0, 0]},
-            [0.0, 0.6, 0.0],
-        ),
-    ],
-    ids=["ppo-clip", "ce-gppo", "gated"],
-)
-def test_contributions_have_the_weights_of_the_loss(
-    tmp_path: Path, settings: Any, columns: Any, weights: list[float]
-) -> None:
-    region = {"ratio": [1.1, 0.5, 1.5], "A": [1.0, -1.0, 1.0], "ppo_low": [0, 1, 0], "ppo_high": [0, 0, 1]}
-    record = make_record(tmp_path, 3, settings=settings, lp=-0.5, **region, **columns)
+def test_contributions_have_the_weights_of_the_loss(tmp_path: Path) -> None:
+    weights = [1.1, 0.6, 0.0]
+    record = make_record(tmp_path, 3, lp=-0.5, A=[1.0, -1.0, 1.0], gradient=[1.1, -0.6, 0.0])
     contributions, _ = entropy_contributions(record)
     signed = np.array(weights) * [-1.0, 1.0, -1.0]
     np.testing.assert_allclose(contributions, signed / np.abs(signed).sum(), rtol=1e-6)
@@ -91,14 +75,14 @@ def test_entropy_ratios_and_bounds(tmp_path: Path) -> None:
     ratios = [0.1, 0.94, 1.0, 1.0, 1.2]
     on = recorded(tmp_path, 5, "on", entropy_ratio=ratios, settings={"erc_low": 0.5, "erc_high": 1.1})
     off = recorded(tmp_path, 5, "off", index=3, entropy_ratio=ratios)
-    drawn = token_figures.entropy_ratio_figure([on, off])
+    drawn = FIGURE["token_entropy_ratio"].compute([on, off])
     assert drawn.notes == [
         "on: 40.0% of the tokens lie outside (0.5, 1.1).",
         "off: 60.0% of the tokens lie outside (0.95, 1.05).",
     ]
     (panel,) = drawn.panels
     assert panel.vertical == (0.5, 1.1)
-    assert token_figures.entropy_ratio_figure([off]).panels[0].vertical == (0.95, 1.05)
+    assert FIGURE["token_entropy_ratio"].compute([off]).panels[0].vertical == (0.95, 1.05)
     assert [curve.run for curve in panel.curves] == [0, 3]
     curve = panel.curves[0]
     assert sum(curve.y) == pytest.approx(1.0)
@@ -115,11 +99,13 @@ def test_erc_figures_tell_clipped_from_kept(tmp_path: Path) -> None:
         "entropy_ratio": [0.8, 1.2, 1.0, 1.0],
     }
     run = recorded(tmp_path, 4, settings=ERC, **values)
-    assert token_figures.erc_entropy_figure([run]).notes == ["mine: median 0.2 nats for the clipped, 2 for the kept."]
-    region = token_figures.erc_region_figure([run])
+    assert FIGURE["token_erc_entropy"].compute([run]).notes == [
+        "mine: median 0.2 nats for the clipped, 2 for the kept."
+    ]
+    region = FIGURE["token_erc_region"].compute([run])
     assert region.notes == ["mine: 50% of the clipped tokens are inside the trust region."]
     assert region.panels[0].vertical == (0.8, 1.2)
-    (panel,) = token_figures.erc_probability_figure([run]).panels
+    (panel,) = FIGURE["token_erc_probability"].compute([run]).panels
     kept, clipped = panel.curves
     assert (kept.series, clipped.series) == ("kept", "clipped")
     assert clipped.x == pytest.approx([0.9, 0.8])
@@ -144,7 +130,7 @@ def test_disagreement_shows_what_was_masked(tmp_path: Path) -> None:
         advantage_masked=[1, 0, 0],
         entropy_filtered=[0, 0, 1],
     )
-    drawn = token_figures.disagreement_figure([run])
+    drawn = FIGURE["token_disagreement"].compute([run])
     found = {curve.series: (curve.x, curve.y) for curve in drawn.panels[0].curves}
     assert {kind: x for kind, (x, _) in found.items()} == {"kept": [1.0], "masked": [0.0], "filtered": [2.0]}
     assert found["masked"][1] == pytest.approx([0.1])
@@ -158,6 +144,7 @@ EVERYTHING = {
     "advantage_masked": [1, 0, 0, 0] * 10,
     "entropy_filtered": [0, 0, 0, 1] * 10,
     "A": [1.0, -1.0] * 20,
+    "gradient": [1.0, -1.0] * 20,
     "H": [0.5, 1.5] * 20,
     "settings": ERC,
 }

@@ -108,7 +108,7 @@ def test_sense_is_accepted_without_a_warning(tmp_path, fields):
         (
             {**ERC, **CE_GPPO},
             {"steps_per_generation": 2, "num_iterations": 2, "gradient_accumulation_steps": 4},
-            "ERC and CE-GPPO will do nothing",
+            "CE-GPPO and ERC will do nothing",
         ),
     ],
 )

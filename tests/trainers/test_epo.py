@@ -82,7 +82,7 @@ def epo_trainer(make_trainer, **config):
     trainer.current_gradient_accumulation_steps = 3
     trainer.state.max_steps = K
     trainer._step = 3 * len(PAST)
-    trainer._entropy_history.load_state_dict({"steps": PAST, "turn_steps": PAST_TURNS, "running": None})
+    trainer.active.states["epo"].load_state_dict({"steps": PAST, "turn_steps": PAST_TURNS, "running": None})
     return trainer
 
 
@@ -136,7 +136,7 @@ def test_indicator_has_the_gradient_of_the_entropy_bonus_alone(make_trainer, mon
     gradients = []
     for past in (PAST, []):
         trainer = epo_trainer(make_trainer, epo_form="indicator")
-        trainer._entropy_history.load_state_dict({"steps": past, "turn_steps": PAST_TURNS, "running": None})
+        trainer.active.states["epo"].load_state_dict({"steps": past, "turn_steps": PAST_TURNS, "running": None})
         (trainer.leaves, *_), (batch, *_) = micro_batches()
         trainer.compute_loss(trainer.model, batch).backward()
         gradients.append(trainer.leaves[1].grad)
@@ -153,7 +153,7 @@ def test_it_adds_to_what_the_clipping_controls_leave(make_trainer, monkeypatch):
         trainer.current_gradient_accumulation_steps = 3
         trainer.state.max_steps = K
         trainer._step = trainer.args.steps_per_generation * len(PAST)
-        trainer._entropy_history.load_state_dict({"steps": PAST, "turn_steps": PAST_TURNS, "running": None})
+        trainer.active.states["epo"].load_state_dict({"steps": PAST, "turn_steps": PAST_TURNS, "running": None})
         (leaf, *_), (batch, *_) = micro_batches()
         advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
         old = {"old_per_token_logps": leaf[0].detach() + 0.3 * torch.randn_like(leaf[0]).sign()}
@@ -202,7 +202,7 @@ def test_history_in_training_is_the_rollouts_mean_entropy(make_trainer, tiny_dat
     num_steps = 2 if off_policy else 8
     assert len(rollouts) == num_steps
     # the last step is still running; evaluation in between left no trace
-    assert trainer._entropy_history.steps == pytest.approx(rollouts[:-1], rel=1e-5)
+    assert trainer.active.states["epo"].steps == pytest.approx(rollouts[:-1], rel=1e-5)
     beta = [1 + math.exp(-3 * k / (num_steps // 2)) for k in range(num_steps)]
     assert logged(trainer, "epo/beta") == pytest.approx([b for b in beta for _ in range(8 // num_steps)], rel=1e-6)
     low = logged(trainer, "epo/corridor_low")
@@ -229,9 +229,9 @@ def test_resumed_training_on_episodes_has_the_same_history_and_weights(make_trai
     whole.train()
     resumed = multi_turn_trainer(make_trainer, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
-    assert [len(turns) for turns in whole._entropy_history.turn_steps] == [2, 2]
-    assert resumed._entropy_history.steps == whole._entropy_history.steps
-    assert resumed._entropy_history.turn_steps == whole._entropy_history.turn_steps
+    assert [len(turns) for turns in whole.active.states["epo"].turn_steps] == [2, 2]
+    assert resumed.active.states["epo"].steps == whole.active.states["epo"].steps
+    assert resumed.active.states["epo"].turn_steps == whole.active.states["epo"].turn_steps
     for key in ("epo/beta", "epo/corridor_low", "epo/penalty", "entropy/turn_2"):
         assert len(logged(whole, key)) >= 6
         assert logged(resumed, key) == logged(whole, key), key

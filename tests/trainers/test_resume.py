@@ -225,4 +225,4 @@ def test_the_schedule_of_epo_goes_by_the_position_under_the_new_schedule(
     # k_mid is 1 for 3 rollouts, and for 1
     assert logged(resumed, "epo/beta")[-3:] == pytest.approx([1 + math.exp(-3 * k) for k in rollouts], rel=1e-6)
     # the part of the old rollout that was trained on, and with two steps a rollout that of step 4
-    assert len(resumed._entropy_history) == finished
+    assert len(resumed.active.states["epo"]) == finished

@@ -5,22 +5,31 @@ carry no autograd graph: they decide how much gradient a token gets and are neve
 """
 
 from .ce_gppo import ce_gppo
-from .compose import clip_controls
+from .compose import ActiveControls, clip_controls, controls_of, micro_batch, ratio_controls
+from .control import Context, Control, MicroBatch, Rollout
 from .epo import EntropyHistory, epo, epo_beta
 from .erc import ENTROPY_FLOOR, entropy_ratio, erc, inside_bounds
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
 from .positive_nll import positive_nll
+from .table import CONTROLS
 from .tokens import PolicyTokens, TokenMean, in_float32
 
 __all__ = [
+    "CONTROLS",
     "ENTROPY_FLOOR",
+    "ActiveControls",
+    "Context",
+    "Control",
     "EntropyHistory",
+    "MicroBatch",
     "PolicyTokens",
+    "Rollout",
     "TokenMean",
     "bounded_old_logps",
     "ce_gppo",
     "clip_controls",
     "clipped_by_ppo",
+    "controls_of",
     "entropy_ratio",
     "epo",
     "epo_beta",
@@ -28,5 +37,7 @@ __all__ = [
     "in_float32",
     "inside_bounds",
     "log_importance_weight",
+    "micro_batch",
     "positive_nll",
+    "ratio_controls",
 ]

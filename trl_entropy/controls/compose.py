@@ -1,13 +1,127 @@
-"""The clipping controls, one after the other."""
+"""The controls that are on, one after the other."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from .ce_gppo import ce_gppo
-from .erc import ENTROPY_FLOOR, erc
+from .control import Context, Control, Metrics, MicroBatch, Rollout, State
+from .erc import ENTROPY_FLOOR
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight, ratio_of
+from .table import CONTROLS
 from .tokens import PolicyTokens, TokenMean
+
+
+def controls_of(config: Any) -> tuple[Control, ...]:
+    """The controls that a configuration switches on, in their order."""
+    return tuple(control for control in CONTROLS if control.enabled(config))
+
+
+def ratio_controls(config: Any) -> str:
+    """Those of them that act only where the new policy differs from the old one, in words; empty for none."""
+    return " and ".join(control.name for control in controls_of(config) if not control.acts_on_policy)
+
+
+@dataclass
+class ActiveControls:
+    """The controls that a configuration switches on, with what they remember.
+
+    Attributes:
+        controls: In their order.
+        states: By the prefixes of those that have one.
+    """
+
+    controls: tuple[Control, ...]
+    states: dict[str, State]
+
+    @classmethod
+    def of(cls, config: Any, critics: bool = False) -> "ActiveControls":
+        """Those of a configuration, their states new; with `critics`, those that critics bring along too."""
+        controls = tuple(one for one in CONTROLS if one.enabled(config) or (critics and one.comes_with_critics))
+        return cls(controls, {one.prefix: one.state(config) for one in controls if one.state is not None})
+
+    @property
+    def shape_tokens(self) -> bool:
+        """Whether one of them changes what TRL's loss reads of a token."""
+        return any(control.shape is not None for control in self.controls)
+
+    def need(self, what: str) -> bool:
+        """Whether one of them has the attribute `needs_<what>` of `Control`."""
+        return any(getattr(control, f"needs_{what}") for control in self.controls)
+
+    def on_rollout(self, rollout: Rollout, context: Context) -> tuple[dict[str, Tensor], dict[str, TokenMean]]:
+        """The columns that they add to a scored rollout, and their metrics."""
+        columns: dict[str, Tensor] = {}
+        metrics: dict[str, TokenMean] = {}
+        for control in self.controls:
+            if control.on_rollout is not None:
+                added, counted = control.on_rollout(rollout, context, self.states.get(control.prefix))
+                columns |= added
+                metrics |= counted
+                if "advantages" in added:
+                    rollout = replace(rollout, advantages=added["advantages"])
+        return columns, metrics
+
+    def on_repeat(
+        self, entropies: Tensor, old_entropies: Tensor, mask: Tensor, context: Context
+    ) -> dict[str, TokenMean]:
+        """Their metrics of a second forward pass with the same weights, `(rows, T)` each."""
+        metrics: dict[str, TokenMean] = {}
+        for control in self.controls:
+            if control.on_repeat is not None:
+                metrics |= control.on_repeat(entropies, old_entropies, mask, context)
+        return metrics
+
+    @torch.no_grad()
+    def shape(self, batch: MicroBatch, context: Context) -> tuple[PolicyTokens, dict[str, TokenMean]]:
+        """The tokens as TRL's loss shall read them, and the metrics.
+
+        PPO-clip comes first: which tokens it would drop is counted on the raw ratio. Importance ratios are bounded.
+        """
+        tokens = batch.tokens
+        low, high = clipped_by_ppo(ratio_of(batch.log_weight), tokens.advantages, context.eps_low, context.eps_high)
+        metrics = {
+            "ppo_clip/low_fraction": TokenMean(low, tokens.mask),
+            "ppo_clip/high_fraction": TokenMean(high, tokens.mask),
+        }
+        tokens = replace(tokens, old_logps=bounded_old_logps(tokens.old_logps, batch.log_weight))
+        for control in self.controls:
+            if control.shape is not None:
+                tokens, counted = control.shape(batch, tokens, context, self.states.get(control.prefix))
+                metrics |= counted
+        return tokens, metrics
+
+    def loss(self, batch: MicroBatch, context: Context) -> tuple[Tensor | None, dict[str, TokenMean]]:
+        """The scalar to add to TRL's loss, `None` for none, and the metrics."""
+        added, metrics = [], dict[str, TokenMean]()
+        for control in self.controls:
+            if control.loss is not None:
+                loss, counted = control.loss(batch, context, self.states.get(control.prefix))
+                added.append(loss)
+                metrics |= counted
+        return torch.stack(added).sum() if added else None, metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """What they remember, by prefix."""
+        return {prefix: state.state_dict() for prefix, state in self.states.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any], *, own: bool) -> list[str]:
+        """Continue from `state_dict()`.
+
+        Args:
+            saved: From a checkpoint.
+            own: Whether it is this process's.
+
+        Returns:
+            The names of the controls that the checkpoint has nothing of, which begin anew.
+        """
+        for prefix, state in self.states.items():
+            if prefix in saved:
+                state.load_state_dict(saved[prefix], own=own)
+        return [one.name for one in self.controls if one.prefix in self.states and one.prefix not in saved]
 
 
 def clip_controls(
@@ -23,8 +137,10 @@ def clip_controls(
     erc_entropy_floor: float = ENTROPY_FLOOR,
     delta: float | None = None,
     constant_ratio: bool = False,
-) -> tuple[PolicyTokens, dict[str, TokenMean]]:
-    """Run those that are on in their order; the first reads the raw ratio, each later one what the one before left.
+) -> tuple[PolicyTokens, Metrics]:
+    """CE-GPPO and ERC as the trainers compose them, for a training loop of one's own.
+
+    The first reads the raw ratio, each later one what the one before left.
 
     Args:
         tokens: The micro-batch.
@@ -47,33 +163,33 @@ def clip_controls(
     Raises:
         KeyError: If ERC is on and `old_entropies` is `None`.
     """
-    log_weight = log_importance_weight(tokens.logps, tokens.old_logps, tokens.mask, level)
-    low, high = clipped_by_ppo(ratio_of(log_weight), tokens.advantages, eps_low, eps_high)
-    metrics = {
-        "ppo_clip/low_fraction": TokenMean(low, tokens.mask),
-        "ppo_clip/high_fraction": TokenMean(high, tokens.mask),
-    }
-    tokens = replace(tokens, old_logps=bounded_old_logps(tokens.old_logps, log_weight))
-    if ce_gppo_alphas is not None:
-        alpha1, alpha2 = ce_gppo_alphas
-        tokens, added = ce_gppo(
-            tokens, log_weight, alpha1=alpha1, alpha2=alpha2, eps_low=eps_low, eps_high=eps_high, delta=delta
-        )
-        metrics |= added
-    if erc_bounds is not None:
-        if old_entropies is None:
-            raise KeyError(
-                "ERC needs the rollout's entropies: the micro-batch has `old_per_token_logps` and no "
-                "`old_entropies`. Let the trainer make the rollout, or add them."
-            )
-        tokens, added = erc(
-            tokens,
-            entropies,
-            old_entropies,
-            low=erc_bounds[0],
-            high=erc_bounds[1],
-            floor=erc_entropy_floor,
-            sequence_ratio=level == "sequence" and not constant_ratio,
-        )
-        metrics |= added
-    return tokens, metrics
+    low, high = erc_bounds or (None, None)
+    alpha1, alpha2 = ce_gppo_alphas or (None, None)
+    settings = SimpleNamespace(
+        ce_gppo_enabled=ce_gppo_alphas is not None,
+        ce_gppo_alpha1=alpha1,
+        ce_gppo_alpha2=alpha2,
+        erc_enabled=erc_bounds is not None,
+        erc_low=low,
+        erc_high=high,
+        erc_entropy_floor=erc_entropy_floor,
+    )
+    context = Context(settings, level, eps_low, eps_high, delta, constant_ratio)
+    return ActiveControls.of(settings).shape(micro_batch(tokens, entropies, old_entropies, level), context)
+
+
+def micro_batch(
+    tokens: PolicyTokens,
+    entropies: Tensor,
+    old_entropies: Tensor | None,
+    level: str,
+    columns: Mapping[str, Tensor] | None = None,
+) -> MicroBatch:
+    """A `MicroBatch` of tensors `(B, T)`; its `tokens` are without a graph.
+
+    Raises:
+        ValueError: If `level` is neither `"token"` nor `"sequence"`.
+    """
+    raw = replace(tokens, logps=tokens.logps.detach())
+    log_weight = log_importance_weight(raw.logps, raw.old_logps, raw.mask, level)
+    return MicroBatch(raw, log_weight, tokens.logps, entropies, entropies, old_entropies, columns or {})

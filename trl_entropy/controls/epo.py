@@ -1,13 +1,94 @@
 """EPO: entropy smoothed against its own history, for multi-turn agents (arXiv 2509.22576, v2 of February 2026)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import check_not_negative
+from .control import Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel, Rollout
 from .tokens import TokenMean, in_float32
+
+EPO_CHOICES = {
+    "epo_schedule": ("decay", "grow", "constant"),
+    "epo_form": ("hinge", "indicator"),
+    "epo_history": ("scalar", "per_turn"),
+}
+
+
+@dataclass
+class EPOFields:
+    """The fields of EPO (arXiv 2509.22576).
+
+    Args:
+        epo_coef (`float`, *optional*, defaults to `0.0`):
+            Weight lambda of the smoothed entropy term, at least 0; 0 is off. Published: 0.001.
+        epo_kappa_low (`float`, *optional*, defaults to `0.8`):
+            Lower edge of the entropy corridor as a multiple of the mean entropy of the earlier RL steps. Published
+            with `epo_kappa_high`: (0, 2), (0.8, 1.2), (0.5, 1.5).
+        epo_kappa_high (`float`, *optional*, defaults to `1.2`):
+            Upper edge, above `epo_kappa_low`.
+        epo_penalty (`float`, *optional*, defaults to `0.1`):
+            Weight alpha of the penalty outside the corridor, at least 0; the paper keeps it below 0.5. Published: 0.05
+            (ScienceWorld), 0.1 (ALFWorld).
+        epo_gamma (`float`, *optional*, defaults to `3.0`):
+            Rate of the schedule of the smoothing weight beta, at least 0.
+        epo_schedule (`str`, *optional*, defaults to `"decay"`):
+            `"decay"` takes beta from 2 towards 1 (the paper), `"grow"` from 1 towards 2, `"constant"` keeps it 1.
+        epo_form (`str`, *optional*, defaults to `"hinge"`):
+            Penalty outside the corridor, `"hinge"` (distance, v2 of the paper) or `"indicator"` (0 or 1, v1 and the
+            released code). The indicator's gradient is exactly zero: it is only reported.
+        epo_history (`str`, *optional*, defaults to `"scalar"`):
+            `"scalar"` for one history of all tokens (the paper), `"per_turn"` for one per turn index (the released
+            code).
+    """
+
+    epo_coef: float = field(
+        default=0.0, metadata={"help": "EPO: weight lambda of the smoothed entropy term; 0 is off. Published: 0.001."}
+    )
+    epo_kappa_low: float = field(
+        default=0.8, metadata={"help": "EPO: lower edge of the corridor, as a multiple of the mean past entropy."}
+    )
+    epo_kappa_high: float = field(
+        default=1.2, metadata={"help": "EPO: upper edge of the corridor, as a multiple of the mean past entropy."}
+    )
+    epo_penalty: float = field(
+        default=0.1, metadata={"help": "EPO: weight alpha of the penalty outside the corridor."}
+    )
+    epo_gamma: float = field(default=3.0, metadata={"help": "EPO: rate of the schedule of the smoothing weight."})
+    epo_schedule: str = field(
+        default="decay", metadata={"help": "EPO: schedule of the smoothing weight: decay, grow or constant."}
+    )
+    epo_form: str = field(
+        default="hinge", metadata={"help": "EPO: penalty outside the corridor: hinge, or indicator (no gradient)."}
+    )
+    epo_history: str = field(
+        default="scalar",
+        metadata={"help": "EPO: one history of all tokens (scalar), or one per turn index (per_turn)."},
+    )
+
+    @property
+    def epo_enabled(self) -> bool:
+        return self.epo_coef != 0.0
+
+
+def check(config: Any) -> None:
+    """Refuse values that EPO cannot work with."""
+    published = {"epo_coef": "0.001; 0 is off", "epo_penalty": "0.05 and 0.1", "epo_gamma": "3"}
+    for name, values in published.items():
+        check_not_negative(config, name, values)
+    low, high = config.epo_kappa_low, config.epo_kappa_high
+    if not 0.0 <= low < high:
+        raise ValueError(
+            f"epo_kappa_low={low} and epo_kappa_high={high} must satisfy 0 <= epo_kappa_low < epo_kappa_high. "
+            "Published: (0, 2), (0.8, 1.2) and (0.5, 1.5)."
+        )
+    for name, choices in EPO_CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name}={getattr(config, name)!r} is unknown. Choose one of {', '.join(choices)}.")
 
 
 def turn_indices(mask: Tensor) -> Tensor:
@@ -220,10 +301,10 @@ class EntropyHistory:
         """What a checkpoint keeps; the running sums are this process's own."""
         return {"steps": self.steps, "turn_steps": self.turn_steps, "running": self._running}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-        self.steps, self.turn_steps, self._running = state["steps"], state["turn_steps"], state["running"]
-        self._means = {}
+    def load_state_dict(self, state: dict[str, Any], *, own: bool = True) -> None:
+        """Continue from `state_dict()`; the running sums are left out unless they are this process's `own`."""
+        self.steps, self.turn_steps = state["steps"], state["turn_steps"]
+        self._running, self._means = state["running"] if own else None, {}
 
 
 def _padded_sum(first: Tensor, second: Tensor) -> Tensor:
@@ -231,3 +312,96 @@ def _padded_sum(first: Tensor, second: Tensor) -> Tensor:
     if len(first) < len(second):
         first, second = second, first
     return first + torch.nn.functional.pad(second, (0, 0, 0, len(first) - len(second)))
+
+
+def on_rollout(rollout: Rollout, context: Context, history: EntropyHistory) -> tuple[Mapping[str, Tensor], Metrics]:
+    if context.training:
+        history.finish_step(context.sum_over_processes)
+    return {"num_trajectories": context.sum_over_processes(rollout.mask.any(1).sum())}, {}
+
+
+def loss(batch: MicroBatch, context: Context, history: EntropyHistory) -> tuple[Tensor, Metrics]:
+    settings, mask, entropies = context.settings, batch.tokens.mask, batch.entropies
+    if context.training:
+        # the policy that wrote the rollout; on-policy it is the one being trained
+        history.add(entropies if batch.old_entropies is None else batch.old_entropies, mask)
+    added, metrics = epo(
+        entropies,
+        mask,
+        history.mean(settings.epo_history, like=entropies.detach()),
+        # by position, not by the history's length: a resumed run may have another schedule, or no history
+        beta=epo_beta(context.step, context.total_steps, gamma=settings.epo_gamma, schedule=settings.epo_schedule),
+        kappa_low=settings.epo_kappa_low,
+        kappa_high=settings.epo_kappa_high,
+        penalty=settings.epo_penalty,
+        form=settings.epo_form,
+        num_trajectories=context.per_window("num_trajectories", f"epo_coef={settings.epo_coef}"),
+        bonus_entropies=batch.bonus_entropies,
+    )
+    return settings.epo_coef * added, metrics
+
+
+EPO = Control(
+    name="EPO",
+    prefix="epo",
+    paper="EPO: Entropy-regularized Policy Optimization for LLM Agents Reinforcement Learning",
+    arxiv="2509.22576",
+    fields=(
+        "epo_coef",
+        "epo_kappa_low",
+        "epo_kappa_high",
+        "epo_penalty",
+        "epo_gamma",
+        "epo_schedule",
+        "epo_form",
+        "epo_history",
+    ),
+    check=check,
+    needs_old_entropies=True,
+    needs_entropy_gradients=True,
+    state=lambda config: EntropyHistory(),
+    on_rollout=on_rollout,
+    loss=loss,
+    metrics=(
+        Metric("beta", "-", "weight of the smoothing at this rollout", "from 2 towards 1 with `decay`"),
+        Metric("history", "nats", "mean entropy of the earlier rollouts, each counted once", "changes slowly"),
+        Metric("corridor_low", "nats", "lower edge, `epo_kappa_low` times that", "changes slowly"),
+        Metric("corridor_high", "nats", "upper edge", "changes slowly"),
+        Metric("below_fraction", "share of tokens", "entropy below the corridor", "steady"),
+        Metric("above_fraction", "share of tokens", "entropy above the corridor", "steady"),
+        Metric("outside_fraction", "share of tokens", "the sum of the two", "steady or falling"),
+        Metric("inside_fraction", "share of tokens", "entropy inside the corridor", "steady or rising"),
+        Metric("penalty", "nats (`hinge`)", "mean distance from the corridor", "steady or falling"),
+    ),
+    marks=(
+        Mark(
+            "epo_below",
+            "B",
+            "below the corridor",
+            "entropy below EPO's corridor",
+            ("#dfe0fb", "1px solid", "#3b3f9c"),
+            "epo/below_fraction",
+        ),
+        Mark(
+            "epo_above",
+            "A",
+            "above the corridor",
+            "entropy above EPO's corridor",
+            ("#fbdcdc", "1px solid", "#9c2b2b"),
+            "epo/above_fraction",
+        ),
+    ),
+    figures=(
+        Figure(
+            "epo_corridor",
+            "EPO's corridor",
+            (Panel("entropy (nats per token)", ("entropy",), band=("epo/corridor_low", "epo/corridor_high")),),
+            "Healthy: the entropy (line) stays inside the corridor (shaded) that its own history sets, or returns to "
+            "it; an entropy that leaves it for good is more than epo_coef and epo_penalty can hold.",
+        ),
+    ),
+    remedies=(
+        ("entropy_collapse", "epo_coef=0.001"),
+        ("entropy_oscillation", "epo_coef=0.001, which smooths the entropy against its history"),
+    ),
+)

@@ -1,14 +1,79 @@
 """ERC: clipping by the entropy ratio of the new and the old policy (arXiv 2512.05591)."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import check_not_negative
+from .control import LINEAR_LOSSES, Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel, TokenView
+from .health import WINDOW, Finding, LogHistory, ends, enough, finite_values
 from .tokens import PolicyTokens, TokenMean, in_float32
 
 ENTROPY_FLOOR = 1e-8
 """Nats; the paper's."""
+MUCH_ROUNDING = 0.25
+"""Above a quarter of what ERC clips, too much of it is chance for the gate to measure the policy."""
+
+
+@dataclass
+class ERCFields:
+    """The fields of ERC (arXiv 2512.05591).
+
+    Args:
+        erc_low (`float`, *optional*):
+            A token keeps its policy gradient only while its entropy ratio `(H + 1e-8) / (H_old + 1e-8)` is above this
+            bound, in [0, 1). Set with `erc_high`. Published: 0.95.
+        erc_high (`float`, *optional*):
+            And only while the ratio is below this bound, above 1. Published: 1.05.
+        erc_entropy_floor (`float`, *optional*, defaults to `1e-8`):
+            What is added to both entropies of the ratio, nats, at least 0. Published: 1e-8. A larger one lets tokens
+            of less entropy than that change freely, whose ratio is mostly rounding in bfloat16.
+    """
+
+    erc_low: float | None = field(
+        default=None, metadata={"help": "ERC: lower bound of the entropy ratio, in [0, 1). Published: 0.95."}
+    )
+    erc_high: float | None = field(
+        default=None, metadata={"help": "ERC: upper bound of the entropy ratio, above 1. Published: 1.05."}
+    )
+    erc_entropy_floor: float = field(
+        default=ENTROPY_FLOOR,
+        metadata={"help": "ERC: added to both entropies of the ratio, nats. Published: 1e-8."},
+    )
+
+    @property
+    def erc_enabled(self) -> bool:
+        return self.erc_low is not None
+
+    @property
+    def erc_bounds(self) -> tuple[float, float] | None:
+        """`(low, high)`, or `None` where ERC is off."""
+        low, high = self.erc_low, self.erc_high
+        return None if low is None or high is None else (low, high)
+
+
+def check(config: Any) -> None:
+    """Refuse values that ERC cannot work with."""
+    low, high = config.erc_low, config.erc_high
+    check_not_negative(config, "erc_entropy_floor", "1e-8")
+    if low is None and high is None:
+        return
+    if low is None or high is None:
+        raise ValueError(f"erc_low={low} and erc_high={high}: set both (published: 0.95 and 1.05) or neither.")
+    if not 0.0 <= low < 1.0:
+        raise ValueError(f"erc_low={low} must be in [0, 1): an entropy ratio of 1 is no change. Published: 0.95.")
+    if not high > 1.0:
+        raise ValueError(f"erc_high={high} must be above 1: an entropy ratio of 1 is no change. Published: 1.05.")
+    shared_ratio = getattr(config, "importance_sampling_level", "token") == "sequence" and config.loss_type != "cispo"
+    if shared_ratio and config.beta != 0.0 and config.use_bias_correction_kl:
+        raise ValueError(
+            f"beta={config.beta} with use_bias_correction_kl=True multiplies the KL term by the importance ratio of "
+            "the sequence, in which ERC makes constants of the tokens it clips. Set use_bias_correction_kl=False, "
+            "or beta=0."
+        )
 
 
 def entropy_ratio(entropies: Tensor, old_entropies: Tensor, floor: float = ENTROPY_FLOOR) -> Tensor:
@@ -83,3 +148,173 @@ def erc(
         "erc/entropy_clipped": TokenMean(current, clipped),
         "erc/entropy_kept": TokenMean(current, tokens.mask & kept),
     }
+
+
+def shape(batch: MicroBatch, tokens: PolicyTokens, context: Context, state: None) -> tuple[PolicyTokens, Metrics]:
+    settings = context.settings
+    if batch.old_entropies is None:
+        raise KeyError(
+            "ERC needs the rollout's entropies: the micro-batch has `old_per_token_logps` and no "
+            "`old_entropies`. Let the trainer make the rollout, or add them."
+        )
+    return erc(
+        tokens,
+        batch.entropies,
+        batch.old_entropies,
+        low=settings.erc_low,
+        high=settings.erc_high,
+        floor=settings.erc_entropy_floor,
+        sequence_ratio=context.level == "sequence" and not context.constant_ratio,
+    )
+
+
+def on_repeat(entropies: Tensor, old_entropies: Tensor, mask: Tensor, context: Context) -> Metrics:
+    settings = context.settings
+    ratio = entropy_ratio(entropies, old_entropies, settings.erc_entropy_floor)
+    outside = ~inside_bounds(ratio, settings.erc_low, settings.erc_high)
+    return {"erc/rounding_fraction": TokenMean(outside, mask)}
+
+
+def clip_is_rounding(log_history: LogHistory) -> Finding | None:
+    """More than `MUCH_ROUNDING` of what ERC clips leaves its bounds by rounding alone."""
+    clipped, rounding = enough(log_history, "erc/clip_fraction"), finite_values(log_history, "erc/rounding_fraction")
+    if not clipped or not rounding:
+        return None
+    share, by_rounding = ends(clipped)[1], fmean(rounding[-WINDOW:])
+    if not by_rounding > MUCH_ROUNDING * share > 0.0:
+        return None
+    return Finding(
+        "clip_is_rounding",
+        f"ERC clips {share:.1%} of the tokens, and {by_rounding:.1%} leave its bounds by rounding alone, with "
+        "the same weights: much of what it drops is chance.",
+        "With bf16=True, try fp16=True, which rounds 8 times finer at the same cost. Else cast_lm_head_to_fp32=True, "
+        "a larger erc_entropy_floor (0.1), or float32.",
+    )
+
+
+CLIPPED = (("erc_clipped", "clipped"),)
+
+ERC = Control(
+    name="ERC",
+    prefix="erc",
+    paper="Entropy Ratio Clipping as a Soft Global Constraint for Stable Reinforcement Learning",
+    arxiv="2512.05591",
+    fields=("erc_low", "erc_high", "erc_entropy_floor"),
+    check=check,
+    acts_on_policy=False,
+    loss_types=LINEAR_LOSSES,
+    loss_reason="whose weights couple the tokens of a sequence",
+    needs_old_entropies=True,
+    shape=shape,
+    on_repeat=on_repeat,
+    metrics=(
+        Metric(
+            "clip_fraction",
+            "share of tokens",
+            "tokens whose entropy ratio is outside `(erc_low, erc_high)`",
+            "0 at a rollout's first step; about 0.2 on average in the paper; above 0.5, the steps are too large",
+        ),
+        Metric(
+            "low_fraction",
+            "share of tokens",
+            "of those, entropy fell",
+            "about as many as rose; many more: entropy is collapsing",
+        ),
+        Metric(
+            "high_fraction",
+            "share of tokens",
+            "of those, entropy rose",
+            "about as many as fell; many more: entropy is exploding",
+        ),
+        Metric(
+            "entropy_clipped",
+            "nats",
+            "mean entropy of the tokens that ERC clips",
+            "below `erc/entropy_kept` in the paper, which clips mostly confident tokens",
+        ),
+        Metric("entropy_kept", "nats", "mean entropy of the others", "near `entropy`"),
+        Metric(
+            "rounding_fraction",
+            "share of tokens",
+            "tokens outside the bounds between two forward passes with the same weights, the second padded otherwise, "
+            "on 1 of 32 completions before their first update (a process with fewer a rollout skips rollouts): what "
+            "`erc/clip_fraction` would be if nothing but rounding changed. Not for models with learned positions or "
+            "images",
+            "below a quarter of `erc/clip_fraction`; about 0 in float32",
+        ),
+    ),
+    marks=(
+        Mark(
+            "erc_clipped",
+            "E",
+            "clipped by ERC",
+            "clipped by ERC: no gradient",
+            ("#ffe0c2", "3px solid", "#b34700"),
+            "erc/clip_fraction",
+        ),
+    ),
+    figures=(
+        Figure(
+            "erc",
+            "Tokens clipped by ERC",
+            (Panel("fraction of tokens", ("erc/clip_fraction",)),),
+            "Healthy: about 0.2 in the paper; near 0 the bounds do nothing, above 0.5 most of the rollout is thrown "
+            "away and the learning rate or the number of updates per rollout is too large.",
+            from_zero=True,
+        ),
+        Figure(
+            "erc_entropy",
+            "Entropy of the tokens that ERC clips and keeps",
+            (Panel("clipped (nats)", ("erc/entropy_clipped",)), Panel("kept (nats)", ("erc/entropy_kept",))),
+            "Healthy: the clipped tokens have lower entropy (mostly so in the paper) or about the same; if it is far "
+            "higher, ERC holds back the tokens that explore.",
+        ),
+    ),
+    token_views=(
+        TokenView(
+            "token_entropy_ratio",
+            "Entropy ratio",
+            "histogram",
+            "entropy_ratio",
+            "Healthy: a peak at 1 with thin tails; dotted: ERC's bounds, the published ones where ERC is off. Tails "
+            "that grow fat call for a smaller learning rate or fewer updates per rollout.",
+            guides=(("erc_low", 0.95), ("erc_high", 1.05)),
+        ),
+        TokenView(
+            "token_erc_probability",
+            "What ERC clips: probability against entropy ratio",
+            "scatter",
+            "p_old",
+            "Healthy: the clipped tokens (crosses) are mostly probable ones, on the right, whose entropy is small, so "
+            "that a small change is a large ratio.",
+            y="entropy_ratio",
+            flags=CLIPPED,
+            guides=(("erc_low", 0.95), ("erc_high", 1.05)),
+        ),
+        TokenView(
+            "token_erc_entropy",
+            "Entropy of single tokens, clipped and kept by ERC",
+            "split",
+            "H",
+            "Healthy: the clipped lie further left, at lower entropy, as in the paper; the tokens that explore are "
+            "kept.",
+            flags=CLIPPED,
+        ),
+        TokenView(
+            "token_erc_region",
+            "What ERC clips, in and around the trust region",
+            "split",
+            "ratio",
+            "Healthy: the clipped are wider spread than the kept and crowd towards the trust region's edges (dotted); "
+            "those inside are the ones that PPO-clip alone would have let through.",
+            flags=CLIPPED,
+        ),
+    ),
+    rules=(clip_is_rounding,),
+    remedies=(
+        ("entropy_explosion", "erc_low=0.95 and erc_high=1.05"),
+        ("entropy_oscillation", "erc_low=0.95 and erc_high=1.05"),
+    ),
+    counts=("erc/clip_fraction",),
+    drops=(("erc/clip_fraction",), "wider erc_low and erc_high"),
+)

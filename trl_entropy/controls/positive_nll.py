@@ -1,9 +1,51 @@
 """The likelihood term of the Klear recipes: correct completions are also imitated (arXiv 2508.07629)."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .checks import check_not_negative
+from .control import Context, Control, Metric, Metrics, MicroBatch, Rollout
 from .tokens import TokenMean, in_float32
+
+
+@dataclass
+class PositiveNLLFields:
+    """The fields of the likelihood term (arXiv 2508.07629).
+
+    Args:
+        positive_nll_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the token-mean negative log-likelihood of the correct completions that is added to the loss, at
+            least 0. The released recipes of ERC and CE-GPPO all use 0.1.
+        positive_nll_min_reward (`float`, *optional*, defaults to `1.0`):
+            A completion is correct when its total reward, weighted by `reward_weights`, is at least this.
+    """
+
+    positive_nll_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the negative log-likelihood of the correct completions. Published: 0.1."},
+    )
+    positive_nll_min_reward: float = field(
+        default=1.0, metadata={"help": "A completion is correct when its weighted total reward is at least this."}
+    )
+
+    @property
+    def positive_nll_enabled(self) -> bool:
+        return self.positive_nll_coef != 0.0
+
+
+def check(config: Any) -> None:
+    """Refuse values that the term cannot work with."""
+    check_not_negative(config, "positive_nll_coef", "0.1; 0 is off")
+    if math.isnan(config.positive_nll_min_reward):
+        raise ValueError(
+            f"positive_nll_min_reward={config.positive_nll_min_reward} must be a number: the total reward from "
+            "which on a completion counts as correct."
+        )
 
 
 def positive_nll(
@@ -26,3 +68,41 @@ def positive_nll(
         "positive_nll/loss": TokenMean(-logps.detach(), chosen),
         "positive_nll/token_fraction": TokenMean(chosen, mask),
     }
+
+
+def on_rollout(rollout: Rollout, context: Context, state: None) -> tuple[Mapping[str, Tensor], Metrics]:
+    tokens = rollout.mask & _is_correct(rollout.rewards, context).unsqueeze(-1)
+    return {"rewards": rollout.rewards, "num_correct_tokens": context.sum_over_processes(tokens.sum())}, {}
+
+
+def loss(batch: MicroBatch, context: Context, state: None) -> tuple[Tensor, Metrics]:
+    coef = context.settings.positive_nll_coef
+    num_tokens = context.per_window("num_correct_tokens", f"positive_nll_coef={coef}")
+    correct = _is_correct(batch.columns["rewards"], context)
+    added, metrics = positive_nll(batch.logps, batch.tokens.mask, correct, num_tokens)
+    return coef * added, metrics
+
+
+def _is_correct(rewards: Tensor, context: Context) -> Tensor:
+    return rewards >= context.settings.positive_nll_min_reward
+
+
+POSITIVE_NLL = Control(
+    name="Positive NLL",
+    prefix="positive_nll",
+    paper="Klear-Reasoner: Advancing Reasoning Capability via Gradient-Preserving Clipping Policy Optimization",
+    arxiv="2508.07629",
+    fields=("positive_nll_coef", "positive_nll_min_reward"),
+    check=check,
+    on_rollout=on_rollout,
+    loss=loss,
+    metrics=(
+        Metric(
+            "loss",
+            "nats",
+            "mean negative log-likelihood of the tokens of correct completions, before its coefficient",
+            "falls slowly; near 0, the policy repeats itself",
+        ),
+        Metric("token_fraction", "share of tokens", "tokens of correct completions", "rises with the reward"),
+    ),
+)

@@ -22,6 +22,7 @@ class PolicyTokens:
         mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
         frozen: True for tokens whose log-prob enters the sequence's importance ratio as a constant, bool `(B, T)`;
             `None` for none.
+        without_bonus: True for tokens that get no entropy bonus, bool `(B, T)`; `None` for none.
 
     Raises:
         ValueError: If the shapes differ.
@@ -32,6 +33,7 @@ class PolicyTokens:
     advantages: Tensor
     mask: Tensor
     frozen: Tensor | None = None
+    without_bonus: Tensor | None = None
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(value.shape) for name, value in vars(self).items() if value is not None}

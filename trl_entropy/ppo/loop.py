@@ -44,12 +44,14 @@ class PPOCall:
         tokens: Log-probs with their graph, and what the rollout says of the tokens.
         entropies: Nats, with a graph where `wants_entropy_gradients`, `(B, T)`.
         values: Of the states before the tokens, with their graph, `(B, T)`.
+        without_bonus: True for tokens that get no entropy bonus, bool `(B, T)`; `None` for none.
     """
 
     inputs: dict[str, Tensor]
     tokens: PolicyTokens
     entropies: Tensor
     values: Tensor
+    without_bonus: Tensor | None = None
 
 
 class PPOLoop(PPOTrainer):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.experimental.ppo.ppo_trainer import forward, masked_mean, masked_whiten
 
-from ..controls import EntropyHistory, PolicyTokens, TokenMean, clip_controls, epo, epo_beta
+from ..controls import ActiveControls, Context, MicroBatch, PolicyTokens, Rollout, micro_batch
 from ..critics import CriticEnsemble, explained_variance, highest_fraction, lowest_fraction
 from ..telemetry.metrics import TokenMeans
 from ..trainers.dropout import warn_of_dropout
@@ -71,7 +71,7 @@ class EntropyPPOTrainer(PPOLoop):
         self.controls = args if isinstance(args, PPOControls) else PPOControls()
         _check_models(self.controls, value_model, critics)
         self._token_means = TokenMeans()
-        self._entropy_history = EntropyHistory()
+        self.active = ActiveControls.of(self.controls, critics=critics is not None)
         self._critic_metrics: dict[str, float] = {}
         self.critics: CriticEnsemble | None = None
         super().__init__(
@@ -130,11 +130,11 @@ class EntropyPPOTrainer(PPOLoop):
 
     @property
     def wants_old_entropies(self) -> bool:
-        return self.controls.erc_enabled or self.controls.epo_enabled
+        return self.active.need("old_entropies")
 
     @property
     def wants_entropy_gradients(self) -> bool:
-        return self.controls.epo_enabled or self.controls.entropy_bonus_enabled
+        return self.active.need("entropy_gradients") or self.controls.entropy_bonus_enabled
 
     def rollout_values(self, query_responses: Tensor, context_length: int) -> Tensor:
         if self.critics is None:
@@ -144,10 +144,20 @@ class EntropyPPOTrainer(PPOLoop):
 
     def add_advantages(self, rollout: dict[str, Tensor]) -> None:
         if self.critics is None:
-            return super().add_advantages(rollout)
+            super().add_advantages(rollout)
+        else:
+            self._add_advantages_of(self.critics, rollout)
+        if self.active.controls:
+            rewards, mask = rollout["rewards"].sum(1), ~rollout["padding_mask"]
+            read = Rollout(mask, rewards, rollout["advantages"], rollout["logprobs"], rollout.get("old_entropies"))
+            columns, metrics = self.active.on_rollout(read, self._context())
+            rollout |= {name: column.expand(len(mask), *column.shape[1:]) for name, column in columns.items()}
+            self._token_means.add(metrics)
+
+    def _add_advantages_of(self, critics: CriticEnsemble, rollout: dict[str, Tensor]) -> None:
         args, controls, valid = self.args, self.controls, ~rollout["padding_mask"]
         learnt = ~rollout["padding_mask_p1"]
-        values = self.critics.values(*self._critic_inputs(rollout), valid.shape[1], self._critic_batch_size())
+        values = critics.values(*self._critic_inputs(rollout), valid.shape[1], self._critic_batch_size())
         values = torch.where(learnt, values[:, :, :-1], 0.0)
         mean, deviation = values.mean(0), values.std(0, unbiased=False)
         advantages = gae(rollout["rewards"], mean, args.gamma, args.lam)
@@ -168,9 +178,6 @@ class EntropyPPOTrainer(PPOLoop):
 
     def train_on(self, rollout: dict[str, Tensor]) -> None:
         super().train_on(rollout)
-        if self.controls.epo_enabled:
-            self._entropy_history.add(rollout["old_entropies"], ~rollout["padding_mask"])
-            self._entropy_history.finish_step(self._sum_over_processes)
         if self.critics is not None:
             self._train_critics(self.critics, rollout)
         self._token_means.close_window(self.accelerator.reduce)
@@ -200,68 +207,44 @@ class EntropyPPOTrainer(PPOLoop):
     def value_loss(self, call: PPOCall) -> Tensor | None:
         return super().value_loss(call) if self.critics is None else None
 
-    @torch.no_grad()
+    def _context(self, mask: Tensor | None = None) -> Context:
+        """What the controls may ask of this trainer; means over completions are those of a micro-batch's `mask`."""
+        count = torch.ones(()) if mask is None else mask.any(1).sum().clamp(min=1)
+        return Context(
+            self.controls,
+            eps_low=self.args.cliprange,
+            eps_high=self.args.cliprange,
+            step=self.state.global_step,
+            total_steps=self.args.num_total_batches,
+            sum_over_processes=self._sum_over_processes,
+            gather=self.accelerator.gather,
+            per_window=lambda name, needed_by: count,
+        )
+
+    def _micro_batch(self, call: PPOCall) -> MicroBatch:
+        return micro_batch(call.tokens, call.entropies, call.inputs.get("old_entropies"), "token", call.inputs)
+
     def shape(self, call: PPOCall) -> PolicyTokens:
         if not self.controlled:
             return call.tokens
-        controls, entropies = self.controls, call.entropies.detach()
-        tokens, metrics = clip_controls(
-            call.tokens,
-            entropies,
-            call.inputs.get("old_entropies"),
-            level="token",
-            eps_low=self.args.cliprange,
-            eps_high=self.args.cliprange,
-            ce_gppo_alphas=controls.ce_gppo_alphas,
-            erc_bounds=controls.erc_bounds,
-            erc_entropy_floor=controls.erc_entropy_floor,
-        )
-        if self.critics is not None:
-            tokens, added = self._mask_advantages(tokens, entropies, call.inputs)
-            metrics |= added
+        tokens, metrics = self.active.shape(self._micro_batch(call), self._context())
+        call.without_bonus = tokens.without_bonus
         self._token_means.add(metrics)
-        return tokens
-
-    def _mask_advantages(
-        self, tokens: PolicyTokens, entropies: Tensor, inputs: dict[str, Tensor]
-    ) -> tuple[PolicyTokens, dict[str, TokenMean]]:
-        masked, filtered, mask = inputs["advantage_masked"], inputs["entropy_filtered"], tokens.mask
-        return replace(tokens, advantages=torch.where(masked, 0.0, tokens.advantages)), {
-            "asyppo/masked_fraction": TokenMean(masked, mask),
-            "asyppo/filtered_fraction": TokenMean(filtered, mask),
-            "asyppo/entropy_masked": TokenMean(entropies, mask & masked),
-            "asyppo/entropy_filtered": TokenMean(entropies, mask & filtered),
-            "asyppo/value_std": TokenMean(inputs["value_std"], mask),
-        }
+        return replace(tokens, logps=call.tokens.logps)
 
     def added_loss(self, call: PPOCall) -> Tensor | None:
-        added, entropies = [], call.entropies
-        if self.critics is not None:
-            entropies = torch.where(call.inputs["entropy_filtered"], entropies.detach(), entropies)
-        if self.controls.entropy_bonus_enabled:
-            added.append(-self.controls.entropy_coef * masked_mean(entropies, call.tokens.mask))
-        if self.controls.epo_enabled:
-            added.append(self.controls.epo_coef * self._epo_loss(call, entropies))
-        return torch.stack(added).sum() if added else None
-
-    def _epo_loss(self, call: PPOCall, bonus_entropies: Tensor) -> Tensor:
-        controls, history, mask = self.controls, self._entropy_history, call.tokens.mask
-        loss, metrics = epo(
-            call.entropies,
-            mask,
-            history.mean(controls.epo_history, like=call.entropies.detach()),
-            beta=epo_beta(
-                len(history), self.args.num_total_batches, gamma=controls.epo_gamma, schedule=controls.epo_schedule
-            ),
-            kappa_low=controls.epo_kappa_low,
-            kappa_high=controls.epo_kappa_high,
-            penalty=controls.epo_penalty,
-            form=controls.epo_form,
-            num_trajectories=mask.any(1).sum().clamp(min=1),
-            bonus_entropies=bonus_entropies,
-        )
+        if not self.controlled:
+            return None
+        entropies, mask = call.entropies, call.tokens.mask
+        if call.without_bonus is not None:
+            entropies = torch.where(call.without_bonus, entropies.detach(), entropies)
+        batch = replace(self._micro_batch(call), bonus_entropies=entropies)
+        added, metrics = self.active.loss(batch, self._context(mask))
         self._token_means.add(metrics)
-        return loss
+        if self.controls.entropy_bonus_enabled:
+            bonus = -self.controls.entropy_coef * masked_mean(entropies, mask)
+            added = bonus if added is None else bonus + added
+        return added
 
     def extra_metrics(self) -> dict[str, float]:
         return self._token_means.pop() | self._critic_metrics

@@ -7,51 +7,36 @@ from typing import Any
 
 import numpy as np
 
+from ..controls import CONTROLS
+from ..controls.control import Mark
 from .record import TokenRecord
 
 MAX_COMPLETIONS = 6
 """Completions of a run on the page, spread evenly over its rollouts."""
 
 
-@dataclass(frozen=True)
-class Mark:
-    """Something that can happen to a token.
-
-    Attributes:
-        column: The flag of the record that says so.
-        letter: Stands beside the token, so that no colour is needed to tell.
-        label: A few words.
-        meaning: What they mean.
-    """
-
-    column: str
-    letter: str
-    label: str
-    meaning: str
-
-
-MARKS = (
-    Mark("erc_clipped", "E", "clipped by ERC", "clipped by ERC: no gradient"),
+PPO_CLIP_MARKS = (
     Mark(
-        "ce_gppo_low",
-        "1",
-        "re-weighted with alpha1",
-        "below the trust region, A < 0: re-weighted by CE-GPPO with alpha1",
+        "ppo_low",
+        "L",
+        "below the trust region",
+        "below the trust region, A < 0: dropped by PPO-clip",
+        ("#e4e4e4", "3px double", "#444"),
     ),
     Mark(
-        "ce_gppo_high",
-        "2",
-        "re-weighted with alpha2",
-        "above the trust region, A > 0: re-weighted by CE-GPPO with alpha2",
+        "ppo_high",
+        "H",
+        "above the trust region",
+        "above the trust region, A > 0: dropped by PPO-clip",
+        ("#f8dcec", "3px dashed", "#8f3a6b"),
     ),
-    Mark("ppo_low", "L", "below the trust region", "below the trust region, A < 0: dropped by PPO-clip"),
-    Mark("ppo_high", "H", "above the trust region", "above the trust region, A > 0: dropped by PPO-clip"),
-    Mark("advantage_masked", "M", "masked", "critics agree: advantage masked by AsyPPO"),
-    Mark("entropy_filtered", "F", "without bonus", "critics disagree: no entropy bonus in AsyPPO"),
-    Mark("epo_below", "B", "below the corridor", "entropy below EPO's corridor"),
-    Mark("epo_above", "A", "above the corridor", "entropy above EPO's corridor"),
 )
-"""In the order of their precedence: a token has the colour of its first mark and the letters of all."""
+GATES = tuple(mark for control in CONTROLS[::-1] if control.shape is not None for mark in control.marks)
+OTHERS = tuple(mark for control in CONTROLS if control.shape is None for mark in control.marks)
+MARKS = (*GATES, *PPO_CLIP_MARKS, *OTHERS)
+"""In the order of their precedence, the controls that act last first: a token has the colour of its first mark and the
+letters of all."""
+REPLACES_PPO_CLIP = tuple(mark.column for control in CONTROLS if control.replaces_ppo_clip for mark in control.marks)
 
 NUMBERS = (
     ("probability {} to {}", ("p_old", "p")),
@@ -148,8 +133,8 @@ def _token(row: Mapping[str, Any]) -> Token:
 
 
 def _superseded(mark: Mark, row: Mapping[str, Any]) -> bool:
-    """Whether CE-GPPO gave the token back what PPO-clip alone would have dropped."""
-    return mark.column in ("ppo_low", "ppo_high") and not np.isnan(row["ce_gppo_low"])
+    """Whether another control decided instead of PPO-clip, which alone would have dropped the token."""
+    return mark in PPO_CLIP_MARKS and not all(np.isnan(row[column]) for column in REPLACES_PPO_CLIP)
 
 
 def printable(text: str) -> str:

@@ -3,11 +3,12 @@
 import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..controls import CONTROLS
+from ..controls.control import Figure, Panel
 from .runs import Run
 
 if TYPE_CHECKING:
@@ -19,40 +20,6 @@ LINE_STYLES = ("-", "--", ":", "-.")
 SMOOTHING = 0.6
 MAX_NAME_LENGTH = 40
 LEGEND_WIDTH = 42  # characters
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes.
-
-    Attributes:
-        label: What the vertical axis shows, with its unit.
-        keys: Metrics that hold it; the first that a log entry has is drawn.
-        band: Metrics of a lower and an upper edge, shaded behind the lines; the panel is drawn for runs that have it.
-    """
-
-    label: str
-    keys: tuple[str, ...]
-    band: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of the report.
-
-    Attributes:
-        name: Stem of its files.
-        title: Heading in the report.
-        panels: Drawn below each other, on one horizontal axis.
-        reading: One sentence on what a healthy run looks like.
-        from_zero: Whether the vertical axes start at 0.
-    """
-
-    name: str
-    title: str
-    panels: tuple[Panel, ...]
-    reading: str
-    from_zero: bool = False
 
 
 FIGURES = (
@@ -78,14 +45,6 @@ FIGURES = (
         from_zero=True,
     ),
     Figure(
-        "erc",
-        "Tokens clipped by ERC",
-        (Panel("fraction of tokens", ("erc/clip_fraction",)),),
-        "Healthy: about 0.2 in the paper; near 0 the bounds do nothing, above 0.5 most of the rollout is thrown away "
-        "and the learning rate or the number of updates per rollout is too large.",
-        from_zero=True,
-    ),
-    Figure(
         "ppo_clip",
         "Tokens outside the PPO clip range",
         (
@@ -96,29 +55,7 @@ FIGURES = (
         "learning rate or fewer updates per rollout. PPO-clip drops the gradient of these tokens.",
         from_zero=True,
     ),
-    Figure(
-        "ce_gppo",
-        "Tokens given back a gradient by CE-GPPO",
-        (Panel("below, alpha1", ("ce_gppo/low_fraction",)), Panel("above, alpha2", ("ce_gppo/high_fraction",))),
-        "Healthy: as small and steady as the PPO clip fractions; growth below the range means that alpha1 pushes "
-        "tokens further and further down, and calls for fewer updates per rollout, a smaller learning rate or a "
-        "smaller alpha1.",
-        from_zero=True,
-    ),
-    Figure(
-        "erc_entropy",
-        "Entropy of the tokens that ERC clips and keeps",
-        (Panel("clipped (nats)", ("erc/entropy_clipped",)), Panel("kept (nats)", ("erc/entropy_kept",))),
-        "Healthy: the clipped tokens have lower entropy (mostly so in the paper) or about the same; if it is far "
-        "higher, ERC holds back the tokens that explore.",
-    ),
-    Figure(
-        "epo_corridor",
-        "EPO's corridor",
-        (Panel("entropy (nats per token)", ("entropy",), band=("epo/corridor_low", "epo/corridor_high")),),
-        "Healthy: the entropy (line) stays inside the corridor (shaded) that its own history sets, or returns to it; "
-        "an entropy that leaves it for good is more than epo_coef and epo_penalty can hold.",
-    ),
+    *(figure for control in CONTROLS for figure in control.figures),
 )
 
 CSV_HEADER = ("panel", "run", "series", "x", "y")

@@ -15,23 +15,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ..controls import CONTROLS
+
 FOLDER = "tokens"
 FILE_NAME = re.compile(r"process(\d+)_step(\d+)\.parquet")
 SETTINGS_KEY = b"trl_entropy"
 
 COUNTS = ("completion", "position", "turn", "token_id")
-FLOATS = ("lp_old", "lp", "H_old", "H", "A", "ratio", "entropy_ratio", "value_mean", "value_std")
+FLOATS = ("lp_old", "lp", "H_old", "H", "A", "gradient", "ratio", "entropy_ratio", "value_mean", "value_std")
 FLAGS = (
     "written",
     "ppo_low",
     "ppo_high",
-    "erc_clipped",
-    "ce_gppo_low",
-    "ce_gppo_high",
-    "epo_below",
-    "epo_above",
-    "advantage_masked",
-    "entropy_filtered",
+    *(mark.column for control in CONTROLS for mark in control.marks),
 )
 SCHEMA = pa.schema(
     [
@@ -52,13 +48,18 @@ null.
 - `whole`: False for the random sample of the step's tokens, True for the completions that are recorded whole.
 - `token`, `token_id`, `completion` (index in the rollout), `position` (in the completion, from 0; the prompt's tokens,
   in whole completions only, have negative ones), `turn` (from 0; -1 for a token that the model did not write).
-- `lp_old`, `lp` (log-probs), `H_old`, `H` (nats), `A` (advantage, before any control), `ratio` (importance ratio, that
-  of the sequence at `importance_sampling_level="sequence"`), `entropy_ratio`, the critics' `value_mean`, `value_std`.
+- `lp_old`, `lp` (log-probs), `H_old`, `H` (nats), `A` (advantage, before any control), `gradient` (what the policy
+  loss multiplies the gradient of `lp` with, after every control and PPO-clip, but for the mean over the tokens),
+  `ratio` (importance ratio, that of the sequence at `importance_sampling_level="sequence"`), `entropy_ratio`, the
+  critics' `value_mean`, `value_std`.
 - `written`: the model wrote the token and it counts in the loss.
-- `ppo_low`, `ppo_high`: PPO-clip alone would drop its gradient; `erc_clipped`; `ce_gppo_low`, `ce_gppo_high`:
-  re-weighted with alpha1, alpha2; `epo_below`, `epo_above`: outside the corridor; `advantage_masked`,
-  `entropy_filtered`: AsyPPO's.
+- `ppo_low`, `ppo_high`: PPO-clip alone would drop its gradient.
+- The others are the controls': each has the meaning of its mark in the control's row.
 """
+
+
+BASE = {"step", "rollout", "process", "whole", "token", "token_id", "position"}
+"""Columns that every record has had."""
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,21 @@ def read_record(run_folder: Path) -> TokenRecord | None:
             raise ValueError(
                 f"{file} is not a Parquet file ({error}). Delete it, or restore it from a copy."
             ) from error
-        if not tables[-1].schema.equals(SCHEMA):
-            raise ValueError(f"{file} does not have the columns of a record. Delete it, or record the run again.")
+        tables[-1] = _with_all_columns(tables[-1], file)
     if not tables:
         return None
     settings = json.loads((tables[-1].schema.metadata or {}).get(SETTINGS_KEY, b"{}"))
     whole = pa.concat_tables([table.replace_schema_metadata() for table in tables])
     return TokenRecord(whole.sort_by([("step", "ascending"), ("process", "ascending")]), settings)
+
+
+def _with_all_columns(table: pa.Table, file: Path) -> pa.Table:
+    """The columns of `SCHEMA`: one that was added after the record was written is null, an unknown one is left out."""
+    known = [field for field in SCHEMA if field.name in table.column_names]
+    if not BASE.issubset(table.column_names) or any(table.schema.field(one.name).type != one.type for one in known):
+        raise ValueError(f"{file} does not have the columns of a record. Delete it, or record the run again.")
+    columns = [table[one.name] if one in known else pa.nulls(len(table), one.type) for one in SCHEMA]
+    return pa.table(columns, schema=SCHEMA.with_metadata(table.schema.metadata))
 
 
 def _files(folder: Path) -> list[tuple[Path, int, int]]:

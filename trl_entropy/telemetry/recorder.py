@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..controls import ENTROPY_FLOOR, TokenMean, clipped_by_ppo, entropy_ratio, log_importance_weight
+from ..controls import CONTROLS, ENTROPY_FLOOR, TokenMean, clipped_by_ppo, entropy_ratio, log_importance_weight
 from ..controls.epo import turn_indices
 from ..controls.importance import ratio_of
 from .record import COUNTS, FLAGS, FLOATS, FOLDER, cut_after, write_rows
@@ -29,15 +29,7 @@ PROMPT_TOKENS = 256
 """Tokens that are kept of the end of its prompt."""
 ROWS_PER_FILE = 20_000
 
-METRIC_OF_FLAG = {
-    "erc_clipped": "erc/clip_fraction",
-    "ce_gppo_low": "ce_gppo/low_fraction",
-    "ce_gppo_high": "ce_gppo/high_fraction",
-    "epo_below": "epo/below_fraction",
-    "epo_above": "epo/above_fraction",
-    "advantage_masked": "asyppo/masked_fraction",
-    "entropy_filtered": "asyppo/filtered_fraction",
-}
+METRIC_OF_FLAG = {mark.column: mark.metric for control in CONTROLS for mark in control.marks}
 """What the controls did is what they counted."""
 MEASURED = (*COUNTS, *FLOATS, *FLAGS)
 PRESENT = "present"
@@ -55,6 +47,7 @@ class Update:
         metrics: What the controls counted.
         step: The optimizer step, from 1.
         micro_step: Micro-batches of this process before this one, since the start of the training.
+        shaped: The micro-batch as the controls shaped it, which is what TRL's loss read; `None` for `inputs`.
     """
 
     inputs: Mapping[str, Any]
@@ -64,6 +57,7 @@ class Update:
     metrics: Mapping[str, TokenMean]
     step: int
     micro_step: int
+    shaped: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +209,7 @@ class TokenRecorder:
             "H_old": old_entropies,
             "H": update.entropies,
             "A": advantages,
+            "gradient": self._gradient(update),
             "ratio": ratio,
             "entropy_ratio": entropy_ratio(update.entropies, old_entropies, self._entropy_floor),
             "written": mask,
@@ -224,6 +219,16 @@ class TokenRecorder:
             **{flag: update.metrics[key].value for flag, key in METRIC_OF_FLAG.items() if key in update.metrics},
         }
         return {name: found.get(name, absent).expand_as(mask) for name in MEASURED}
+
+    def _gradient(self, update: Update) -> Tensor:
+        """What the policy loss multiplies each token's gradient with, by the shaped tokens, `(B, T)`."""
+        shaped, logps = update.shaped or update.inputs, update.logps
+        old_logps, advantages = shaped.get("old_per_token_logps"), shaped["advantages"]
+        advantages = (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logps)
+        old_logps = logps if old_logps is None else old_logps
+        ratio = ratio_of(log_importance_weight(logps, old_logps, update.mask, self._level))
+        low, high = clipped_by_ppo(ratio, advantages, **self._clip_range)
+        return torch.where(low | high, 0.0, ratio * advantages)
 
     def _text(self, token_id: int) -> str:
         if token_id not in self._texts:

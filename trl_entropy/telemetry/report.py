@@ -8,8 +8,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..controls.health import MIN_ENTRIES, Finding
 from .completions import MARKS, Completion, completions_of
-from .diagnosis import MIN_ENTRIES, Finding, diagnose
+from .diagnosis import diagnose
 from .figures import FIGURES, draw, require_plots
 from .record import TokenRecord, read_record
 from .runs import Run, read_runs
@@ -113,6 +114,7 @@ def _render(
         figures=figures,
         missing=[figure.title for figure in FIGURES if figure.name not in {drawn.name for drawn in figures}],
         tokens=tokens,
+        marks=MARKS,
         figure_folder=figure_folder,
         shared=shared,
         differing=differing,

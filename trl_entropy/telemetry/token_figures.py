@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..controls import CONTROLS
+from ..controls.control import TokenView
 from .record import TokenRecord
 
 Floats = NDArray[np.float64]
@@ -17,7 +20,6 @@ MAX_POINTS = 400
 """Points of a kind in a panel: more hide each other, and make the page large."""
 MIN_TURN_TOKENS = 10
 """A turn with fewer sampled tokens has no mean worth drawing."""
-PUBLISHED_BOUNDS = (0.95, 1.05)
 CLASSES = ("PA&HP", "PA&LP", "NA&HP", "NA&LP")
 
 
@@ -115,8 +117,8 @@ def entropy_contributions(tokens: TokenRecord) -> tuple[Floats, Floats]:
     """Each token's share in the change of the entropy, to first order, and its class.
 
     Under a policy-gradient step, `dH = -eta Cov(log pi, pi A)` (arXiv 2505.22617, theorem 1), to which a sampled token
-    adds `-(lp - E lp) pi A` with `E lp = -H`. `A` is weighted as the loss weighted it: by the importance ratio, by
-    `alpha (1 -+ eps)` where CE-GPPO re-weighted the token, and by 0 where a control or PPO-clip dropped it.
+    adds `-(lp - E lp) pi A` with `E lp = -H`. In the place of `A` is the record's `gradient`: the advantage as the loss
+    weighted it, by the importance ratio and by every control, 0 where one of them or PPO-clip dropped the token.
 
     A token is HP if `lp > -H`, so that it is more probable than its state's tokens are on average, else LP; PA or NA
     by the sign of `A` (arXiv 2509.20712). PA&HP and NA&LP lower the entropy, PA&LP and NA&HP raise it.
@@ -124,81 +126,91 @@ def entropy_contributions(tokens: TokenRecord) -> tuple[Floats, Floats]:
     Returns:
         The contributions divided by the sum of their absolute values, and indices of `CLASSES` (-1 where `A = 0`).
     """
-    settings, advantages = tokens.settings, tokens.column("A")
-    lp, flags = tokens.column("lp"), {name: tokens.column(name) == 1.0 for name in ("ppo_low", "ppo_high")}
-    weights = tokens.column("ratio")
-    alphas = settings.get("ce_gppo_alpha1") or 0.0, settings.get("ce_gppo_alpha2") or 0.0
-    weights = np.where(flags["ppo_low"], alphas[0] * (1 - settings["epsilon_low"]), weights)
-    weights = np.where(flags["ppo_high"], alphas[1] * (1 + settings["epsilon_high"]), weights)
-    for dropped in ("erc_clipped", "advantage_masked"):
-        weights = np.where(tokens.column(dropped) == 1.0, 0.0, weights)
+    advantages, lp = tokens.column("A"), tokens.column("lp")
     above_average = lp + tokens.column("H")
-    contributions = np.nan_to_num(-weights * advantages * np.exp(lp) * above_average)
+    contributions = np.nan_to_num(-tokens.column("gradient") * np.exp(lp) * above_average)
     classes = 2 * (advantages < 0) + (above_average <= 0)
     return contributions / max(np.abs(contributions).sum(), 1e-12), np.where(advantages == 0, -1, classes)
 
 
-def entropy_ratio_figure(runs: Sequence[RecordedRun]) -> Drawn:
+def histogram_figure(view: TokenView, runs: Sequence[RecordedRun]) -> Drawn:
+    edges, log = _edges(view, runs)
     curves, notes = [], []
     for run in runs:
-        ratios = run.tokens.column("entropy_ratio")
-        curves.append(Curve(run.index, *_histogram_line(ratios, RATIO_EDGES)))
-        low, high = run.tokens.settings.get("erc_low"), run.tokens.settings.get("erc_high")
-        bounds = PUBLISHED_BOUNDS if low is None or high is None else (low, high)
-        share = np.mean((ratios <= bounds[0]) | (ratios >= bounds[1]))
-        notes.append(f"{run.name}: {share:.1%} of the tokens lie outside ({bounds[0]:g}, {bounds[1]:g}).")
-    panel = TokenPanel("share of tokens", curves, log="xy", vertical=_erc_bounds(runs))
-    return Drawn("entropy ratio, new / old", [panel], notes)
+        values = _values(run, view.x)
+        curves.append(Curve(run.index, *_histogram_line(values, edges)))
+        if len(bounds := _guides(view, [run])) == 2:
+            share = np.mean((values <= bounds[0]) | (values >= bounds[1]))
+            notes.append(f"{run.name}: {share:.1%} of the tokens lie outside ({bounds[0]:g}, {bounds[1]:g}).")
+    panel = TokenPanel("share of tokens", curves, log=log, vertical=_guides(view, runs))
+    return Drawn(LABELS[view.x], [panel], notes)
 
 
-def erc_probability_figure(runs: Sequence[RecordedRun]) -> Drawn:
-    panels = []
-    for run in runs:
-        clipped = run.tokens.column("erc_clipped") == 1.0
-        x, y = np.exp(run.tokens.column("lp_old")), np.clip(run.tokens.column("entropy_ratio"), 0.25, 4.0)
-        curves = [
-            _points_curve(run, x, y, chosen, kind) for kind, chosen in (("kept", ~clipped), ("clipped", clipped))
-        ]
-        bounds = _erc_bounds([run])
-        panels.append(TokenPanel("entropy ratio", curves, "points", log="y", horizontal=bounds, title=run.name))
-    return Drawn("probability of the sampled token under the old policy", panels)
-
-
-def erc_entropy_figure(runs: Sequence[RecordedRun]) -> Drawn:
-    entropies = {run.index: run.tokens.column("H") for run in runs}
-    top = max(float(np.nanquantile(values, 0.995)) for values in entropies.values())
-    edges, panels, notes = np.linspace(0.0, max(top, 1e-3), ENTROPY_BINS + 1), [], []
-    for label, wanted in (("clipped", 1.0), ("kept", 0.0)):
+def split_figure(view: TokenView, runs: Sequence[RecordedRun]) -> Drawn:
+    """One histogram of the tokens where the flag is set, and one of the others."""
+    (flag, label), (edges, log) = view.flags[0], _edges(view, runs)
+    vertical, panels, notes = _guides(view, runs), [], []
+    for name, wanted in ((label, 1.0), ("kept", 0.0)):
         curves = []
         for run in runs:
-            chosen = entropies[run.index][run.tokens.column("erc_clipped") == wanted]
+            chosen = _values(run, view.x)[run.tokens.column(flag) == wanted]
             if len(chosen):
-                curves.append(Curve(run.index, *_histogram_line(chosen, edges), label))
-        panels.append(TokenPanel(f"share of the {label}", curves))
+                curves.append(Curve(run.index, *_histogram_line(chosen, edges), name))
+        panels.append(TokenPanel(f"share of the {name}", curves, log=log, vertical=vertical))
     for run in runs:
-        clipped = run.tokens.column("erc_clipped") == 1.0
-        if clipped.any() and not clipped.all():
-            medians = np.median(entropies[run.index][clipped]), np.median(entropies[run.index][~clipped])
-            notes.append(f"{run.name}: median {medians[0]:.3g} nats for the clipped, {medians[1]:.3g} for the kept.")
-    return Drawn("entropy (nats)", panels, notes)
+        values, flagged = _values(run, view.x), run.tokens.column(flag) == 1.0
+        if view.x == "ratio" and flagged.any():
+            low, high = _trust_region([run])
+            inside = np.mean((values[flagged] >= low) & (values[flagged] <= high))
+            notes.append(f"{run.name}: {inside:.0%} of the {label} tokens are inside the trust region.")
+        elif view.x != "ratio" and flagged.any() and not flagged.all():
+            medians = np.median(values[flagged]), np.median(values[~flagged])
+            unit = UNITS.get(view.x, "")
+            notes.append(f"{run.name}: median {medians[0]:.3g}{unit} for the {label}, {medians[1]:.3g} for the kept.")
+    return Drawn(LABELS[view.x], panels, notes)
 
 
-def erc_region_figure(runs: Sequence[RecordedRun]) -> Drawn:
+def scatter_figure(view: TokenView, runs: Sequence[RecordedRun]) -> Drawn:
+    """The tokens of every run as points; those with a flag look different."""
     panels, notes = [], []
-    for label, wanted in (("clipped", 1.0), ("kept", 0.0)):
-        curves = []
-        for run in runs:
-            chosen = run.tokens.column("ratio")[run.tokens.column("erc_clipped") == wanted]
-            if len(chosen):
-                curves.append(Curve(run.index, *_histogram_line(chosen, RATIO_EDGES), label))
-        panels.append(TokenPanel(f"share of the {label}", curves, log="xy", vertical=_trust_region(runs)))
     for run in runs:
-        clipped = run.tokens.column("erc_clipped") == 1.0
-        if clipped.any():
-            ratio, (low, high) = run.tokens.column("ratio")[clipped], _trust_region([run])
-            inside = np.mean((ratio >= low) & (ratio <= high))
-            notes.append(f"{run.name}: {inside:.0%} of the clipped tokens are inside the trust region.")
-    return Drawn("importance ratio", panels, notes)
+        x, y = _values(run, view.x), _values(run, view.y)
+        flagged = {label: run.tokens.column(flag) == 1.0 for flag, label in view.flags}
+        kinds = {"kept": ~np.any(list(flagged.values()), axis=0), **flagged}
+        shown = np.clip(y, 0.25, 4.0) if view.y in RATIOS else y
+        curves = [_points_curve(run, x, shown, chosen, kind) for kind, chosen in kinds.items()]
+        log, bounds = "y" if view.y in RATIOS else "", _guides(view, [run])
+        panels.append(TokenPanel(LABELS[view.y], curves, "points", log=log, horizontal=bounds, title=run.name))
+        if view.y not in RATIOS and len(x) > 2 and x.std() > 0 and y.std() > 0:
+            notes.append(f"{run.name}: correlation of sigma with entropy {np.corrcoef(x, y)[0, 1]:+.2f}.")
+    return Drawn(LABELS[view.x], panels, notes)
+
+
+KINDS: dict[str, Callable[[TokenView, Sequence[RecordedRun]], Drawn]] = {
+    "histogram": histogram_figure,
+    "split": split_figure,
+    "scatter": scatter_figure,
+}
+"""How each kind of `TokenView` is drawn."""
+
+LABELS = {
+    "p_old": "probability of the sampled token under the old policy",
+    "H": "entropy (nats)",
+    "H_old": "entropy under the old policy (nats)",
+    "ratio": "importance ratio",
+    "entropy_ratio": "entropy ratio, new / old",
+    "value_std": "sigma of the values",
+}
+"""Of the columns that a `TokenView` may show."""
+RATIOS = ("ratio", "entropy_ratio")
+UNITS = {"H": " nats", "H_old": " nats"}
+
+
+def figure_of(view: TokenView) -> TokenFigure:
+    """A control's figure, as the page draws it."""
+    columns = {"lp_old" if name == "p_old" else name for name in (view.x, view.y) if name}
+    flags = (flag for flag, _ in view.flags)
+    return TokenFigure(view.name, view.title, (*columns, *flags), partial(KINDS[view.kind], view), view.reading)
 
 
 def classes_figure(runs: Sequence[RecordedRun]) -> Drawn:
@@ -225,55 +237,11 @@ def turns_figure(runs: Sequence[RecordedRun]) -> Drawn:
     return Drawn("turn", [TokenPanel("mean entropy (nats)", curves)] if curves else [])
 
 
-def disagreement_figure(runs: Sequence[RecordedRun]) -> Drawn:
-    panels, notes = [], []
-    for run in runs:
-        x, y = run.tokens.column("H_old"), run.tokens.column("value_std")
-        masked, filtered = (run.tokens.column(name) == 1.0 for name in ("advantage_masked", "entropy_filtered"))
-        kinds = {"kept": ~masked & ~filtered, "masked": masked, "filtered": filtered}
-        curves = [_points_curve(run, x, y, chosen, kind) for kind, chosen in kinds.items()]
-        panels.append(TokenPanel("sigma of the values", curves, "points", title=run.name))
-        if len(x) > 2 and x.std() > 0 and y.std() > 0:
-            notes.append(f"{run.name}: correlation of sigma with entropy {np.corrcoef(x, y)[0, 1]:+.2f}.")
-    return Drawn("entropy under the old policy (nats)", panels, notes)
-
-
 TOKEN_FIGURES = (
     TokenFigure(
-        "token_entropy_ratio",
-        "Entropy ratio",
-        ("entropy_ratio",),
-        entropy_ratio_figure,
-        "Healthy: a peak at 1 with thin tails; dotted: ERC's bounds, the published ones where ERC is off. Tails that "
-        "grow fat call for a smaller learning rate or fewer updates per rollout.",
-    ),
-    TokenFigure(
-        "token_erc_probability",
-        "What ERC clips: probability against entropy ratio",
-        ("erc_clipped", "entropy_ratio", "lp_old"),
-        erc_probability_figure,
-        "Healthy: the clipped tokens (crosses) are mostly probable ones, on the right, whose entropy is small, so "
-        "that a small change is a large ratio.",
-    ),
-    TokenFigure(
-        "token_erc_entropy",
-        "Entropy of single tokens, clipped and kept by ERC",
-        ("erc_clipped", "H"),
-        erc_entropy_figure,
-        "Healthy: the clipped lie further left, at lower entropy, as in the paper; the tokens that explore are kept.",
-    ),
-    TokenFigure(
-        "token_erc_region",
-        "What ERC clips, in and around the trust region",
-        ("erc_clipped", "ratio"),
-        erc_region_figure,
-        "Healthy: the clipped are wider spread than the kept and crowd towards the trust region's edges (dotted); "
-        "those inside are the ones that PPO-clip alone would have let through.",
-    ),
-    TokenFigure(
         "token_classes",
-        "CE-GPPO's four classes of tokens",
-        ("A", "lp", "H", "ratio"),
+        "The four classes of tokens (CE-GPPO's)",
+        ("A", "lp", "H", "gradient"),
         classes_figure,
         "Healthy: the two that lower the entropy (PA&HP, NA&LP) and the two that raise it (PA&LP, NA&HP) nearly "
         "balance. P and N: sign of the advantage; H and L: more or less probable than its state's tokens on average. "
@@ -286,15 +254,21 @@ TOKEN_FIGURES = (
         turns_figure,
         "Healthy: about level; entropy that grows from turn to turn is what EPO's corridor is to hold.",
     ),
-    TokenFigure(
-        "token_disagreement",
-        "AsyPPO's critics: disagreement against entropy",
-        ("value_std", "H_old", "advantage_masked", "entropy_filtered"),
-        disagreement_figure,
-        "Healthy: no tight relation, else sigma only stands for entropy, and masking by entropy does worse in the "
-        "paper, filtering by it collapses the policy. Low sigma: advantage masked; high: no entropy bonus.",
-    ),
+    *(figure_of(view) for control in CONTROLS for view in control.token_views),
 )
+
+
+def _values(run: RecordedRun, name: str) -> Floats:
+    """A column that a view shows."""
+    return np.exp(run.tokens.column("lp_old")) if name == "p_old" else run.tokens.column(name)
+
+
+def _edges(view: TokenView, runs: Sequence[RecordedRun]) -> tuple[Floats, str]:
+    """Bins of a histogram, and which of its axes are logarithmic."""
+    if view.x in RATIOS:
+        return RATIO_EDGES, "xy"
+    top = max(float(np.nanquantile(_values(run, view.x), 0.995)) for run in runs)
+    return np.linspace(0.0, max(top, 1e-3), ENTROPY_BINS + 1), ""
 
 
 def _histogram_line(values: Floats, edges: Floats) -> tuple[list[float], list[float]]:
@@ -307,10 +281,13 @@ def _points_curve(run: RecordedRun, x: Floats, y: Floats, chosen: NDArray[np.boo
     return Curve(run.index, x[indices].tolist(), y[indices].tolist(), kind)
 
 
-def _erc_bounds(runs: Sequence[RecordedRun]) -> tuple[float, ...]:
-    """The bounds of the runs with ERC, or the published ones."""
-    bounds = [run.tokens.settings.get(name) for run in runs for name in ("erc_low", "erc_high")]
-    return tuple(sorted({bound for bound in bounds if bound is not None})) or PUBLISHED_BOUNDS
+def _guides(view: TokenView, runs: Sequence[RecordedRun]) -> tuple[float, ...]:
+    """Where a view draws guides: at the runs' settings of its fields or the published ones, or the trust region."""
+    if not view.guides:
+        return _trust_region(runs) if view.x == "ratio" else ()
+    found = [run.tokens.settings.get(name) for run in runs for name, _ in view.guides]
+    set_in_a_run = {value for value in found if value is not None}
+    return tuple(sorted(set_in_a_run or {value for _, value in view.guides}))
 
 
 def _trust_region(runs: Sequence[RecordedRun]) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ from ..critics import (
     whiten,
 )
 from .asyppo_config import AsyPPOConfig
-from .contact import LossCall, loss_mask
+from .contact import loss_mask
 from .grpo import EntropyGRPOTrainer
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
@@ -92,10 +92,6 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         # the filter's overlap with the tokens of high entropy is a metric; on TRL 1.12 they are an extra pass
         return super().wants_old_entropies or self.args.entropy_filter_fraction > 0
 
-    @property
-    def shapes_policy_gradient(self) -> bool:
-        return True
-
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.mode == "train" and not self._warmup_done:
             self._warmup_done = True
@@ -115,7 +111,6 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         return [self.train_dataset[index] for index in rows[start : start + share].tolist()]
 
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
-        super().on_rollout(output, rewards)
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         # a completion that no reward function scored has no return: nothing is learnt from it
@@ -123,6 +118,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         num_tokens = mask.shape[1]
         values = self.critics.values(ids, attention, num_tokens, self._critic_batch_size())
         targets = self._set_advantages(output, values, rewards.nan_to_num(0.0), mask)
+        super().on_rollout(output, rewards)
         self._log_critics(values[:, :, :num_tokens], targets, mask)
         self._log_overlap(output, mask)
         if self.mode == "train":
@@ -174,9 +170,6 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
             batch_size=self._critic_batch_size(),
         )
 
-    def _gather(self, flat: Tensor) -> Tensor:
-        return self.accelerator.gather(flat)
-
     def _log_critics(self, values: Tensor, targets: Tensor, mask: Tensor) -> None:
         """Metrics of a rollout, before the critics train on it; `values` is `(M, B, T)`."""
         metrics, reduce = self._metrics[self.mode], self._sum_over_processes
@@ -198,26 +191,6 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
             fraction, filtered = self.args.entropy_filter_fraction, output["entropy_filtered"]
             high_entropy = highest_fraction(output["old_entropies"], mask, fraction, self._gather)
             self._token_means[self.mode].add({"asyppo/entropy_overlap": TokenMean(high_entropy, filtered)})
-
-    def on_forward(self, call: LossCall) -> None:
-        super().on_forward(call)
-        call.bonus_entropies = torch.where(call.inputs["entropy_filtered"], call.entropies.detach(), call.entropies)
-
-    def _shape_policy_gradient(self, call: LossCall) -> None:
-        super()._shape_policy_gradient(call)
-        inputs, entropies = call.inputs, call.entropies.detach()
-        masked, filtered = inputs["advantage_masked"], inputs["entropy_filtered"]
-        inputs["advantages"] = torch.where(masked, 0.0, inputs["advantages"])
-        self._count(
-            call,
-            {
-                "asyppo/masked_fraction": TokenMean(masked, call.mask),
-                "asyppo/filtered_fraction": TokenMean(filtered, call.mask),
-                "asyppo/entropy_masked": TokenMean(entropies, call.mask & masked),
-                "asyppo/entropy_filtered": TokenMean(entropies, call.mask & filtered),
-                "asyppo/value_std": TokenMean(inputs["value_std"], call.mask),
-            },
-        )
 
     def control_state(self) -> dict[str, Any]:
         return super().control_state() | {

@@ -6,11 +6,14 @@ controls decide into that copy, so TRL's loss does the rest. No line of that los
 """
 
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 import trl
 from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from ..controls import TokenMean, in_float32
 from .masked_vocabulary import finite_logits
@@ -69,6 +72,9 @@ REPEAT_PADDING = 8
 
 FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "logits_to_keep", "batch_size")
 """What TRL gives to its forward pass after the model, in this order where it does not name them."""
+
+
+FORWARD_PARAMETERS = tuple(signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
 
 
 class GRPOContact(ExactResume):
@@ -182,6 +188,21 @@ class GRPOContact(ExactResume):
         with finite_logits(model, self.temperature):
             logps, entropies, *others = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         return in_float32(logps), None if entropies is None else in_float32(entropies), *others
+
+    def rollout_pass(self, output: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of a rollout for which TRL has made no forward pass, `(B, T)` each."""
+        completion = output["completion_ids"]
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps, entropies, *_ = self._forward(
+                self.model,
+                torch.cat([output["prompt_ids"], completion], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                completion.shape[1],
+                self.args.per_device_train_batch_size,
+                compute_entropy=True,
+                **{name: output[name] for name in FORWARD_PARAMETERS if name in output},  # of images
+            )
+        return logps, entropies
 
     def _repeat_rows(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """Some rows of a rollout's forward pass again, with more padding; no random number is drawn for good."""

@@ -2,7 +2,10 @@
 
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,17 +13,17 @@ from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
 
 from ..controls import (
-    EntropyHistory,
+    CONTROLS,
+    ActiveControls,
+    Context,
+    MicroBatch,
     PolicyTokens,
+    Rollout,
     TokenMean,
     bounded_old_logps,
-    clip_controls,
-    entropy_ratio,
-    epo,
-    epo_beta,
-    inside_bounds,
     log_importance_weight,
-    positive_nll,
+    micro_batch,
+    ratio_controls,
 )
 from ..telemetry.metrics import TokenMeans, turn_entropies
 from ..telemetry.recorder import RecorderCallback, TokenRecorder, Update
@@ -29,18 +32,6 @@ from .card import add_methods
 from .config import EntropyGRPOConfig
 from .contact import GRPOContact, LossCall, loss_mask
 from .dropout import warn_of_dropout
-
-RECORDED_SETTINGS = (
-    "erc_low",
-    "erc_high",
-    "erc_entropy_floor",
-    "ce_gppo_alpha1",
-    "ce_gppo_alpha2",
-    "advantage_mask_fraction",
-    "entropy_filter_fraction",
-    "record_tokens",
-)
-"""What the figures of the recorded tokens need to know of the configuration; `None` where it has no such field."""
 
 ROWS_PER_REPEAT = 32
 """Of so many rows of a rollout one gets a second forward pass. A rollout costs each row five passes and more (one
@@ -54,12 +45,12 @@ def has_rotary_positions(config: PretrainedConfig) -> bool:
 
 
 class EntropyGRPOTrainer(GRPOContact):
-    """`trl.GRPOTrainer` with ERC, CE-GPPO and the positive-NLL term; same arguments, methods and files.
+    """`trl.GRPOTrainer` with the controls of `trl_entropy.controls.CONTROLS`; same arguments, methods and files.
 
-    With no control set in its [`EntropyGRPOConfig`], training is bit for bit TRL's own. Otherwise the controls act on
-    each token in this order, each on what the one before left: PPO-clip decides on the raw ratio which tokens it would
-    drop, CE-GPPO re-weights those, ERC gates every token. All of it is a change of the advantages and old log-probs
-    that TRL's loss reads, so every TRL option keeps its meaning.
+    With no control set in its [`EntropyGRPOConfig`], training is bit for bit TRL's own. Otherwise PPO-clip decides on
+    the raw ratio which tokens it would drop, and the controls act on each token in the order of the table, each on
+    what the one before left. All of it is a change of the advantages and old log-probs that TRL's loss reads, so every
+    TRL option keeps its meaning, and of scalars that are added to the loss.
 
     Checkpoints hold the rollout in use and the position in the data, so a resumed run equals an uninterrupted one.
     Arguments and errors are those of `trl.GRPOTrainer`; with a plain `trl.GRPOConfig` every control is off.
@@ -69,12 +60,13 @@ class EntropyGRPOTrainer(GRPOContact):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
-        self._entropy_history = EntropyHistory()
+        self.active = ActiveControls((), {})
         with trainable_engines():
             super().__init__(*args, **kwargs)
+        self.active = ActiveControls.of(self.args)
         self._recorder = self._make_recorder() if self.recording else None
-        if isinstance(self.args, EntropyGRPOConfig) and self.args.ratio_controls:
-            warn_of_dropout(self.model, self.args.ratio_controls)
+        if methods := ratio_controls(self.args):
+            warn_of_dropout(self.model, methods)
 
     @property
     def recording(self) -> bool:
@@ -82,12 +74,13 @@ class EntropyGRPOTrainer(GRPOContact):
         return isinstance(self.args, EntropyGRPOConfig) and self.args.recording_enabled
 
     def _make_recorder(self) -> TokenRecorder:
+        settings = {name: value for control in CONTROLS for name, value in control.settings_of(self.args).items()}
+        clip_range = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
         recorder = TokenRecorder(
             self.args.output_dir,
             self.args.record_tokens,
             self._tokenizer,
-            {name: getattr(self.args, name, None) for name in RECORDED_SETTINGS}
-            | {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high},
+            settings | clip_range | {"record_tokens": self.args.record_tokens},
             process=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             seed=self.args.seed,
@@ -95,7 +88,7 @@ class EntropyGRPOTrainer(GRPOContact):
             clip_range={"eps_low": self.epsilon_low, "eps_high": self.epsilon_high},
             entropy_floor=self.args.erc_entropy_floor,
         )
-        self.add_callback(RecorderCallback(recorder, self.args.steps_per_generation * self.num_iterations))
+        self.add_callback(RecorderCallback(recorder, self._micro_batches_per_rollout))
         return recorder
 
     @property
@@ -105,61 +98,79 @@ class EntropyGRPOTrainer(GRPOContact):
             return False
         if self.recording:
             return True
-        return self.args.any_control_enabled or (self.rollout_func is not None and not self.args.loss_is_hidden)
+        return bool(self.active.controls) or (self.rollout_func is not None and not self.args.loss_is_hidden)
 
     @property
     def wants_old_entropies(self) -> bool:
-        return self.args.erc_enabled or self.args.epo_enabled or self.recording
+        return self.active.need("old_entropies") or self.recording
 
     @property
     def wants_entropy_gradients(self) -> bool:
-        return self.args.epo_enabled
+        return self.active.need("entropy_gradients")
+
+    @property
+    def _micro_batches_per_rollout(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
+    def _context(self, per_window: Callable[[str, str], Tensor] | None = None) -> Context:
+        """What the controls may ask of this trainer at this step."""
+        micro_batches = self._micro_batches_per_rollout
+        return Context(
+            self.args,
+            level=self.importance_sampling_level,
+            eps_low=self.epsilon_low,
+            eps_high=self.epsilon_high,
+            delta=self.args.delta,
+            constant_ratio=self.args.loss_type == "cispo",
+            training=self.mode == "train",
+            step=self._step // micro_batches,
+            total_steps=math.ceil(self.state.max_steps * self.args.gradient_accumulation_steps / micro_batches),
+            sum_over_processes=self._sum_over_processes,
+            gather=self._gather,
+            group_size=self.num_generations if self.mode == "train" else self.num_generations_eval,
+            **({} if per_window is None else {"per_window": per_window}),
+        )
 
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
-        if self.args.epo_enabled:
-            output["num_trajectories"] = self.accelerator.gather(loss_mask(output).any(1).sum()).sum()
-            if self.mode == "train":
-                self._entropy_history.finish_step(self._sum_over_processes)
-        if self.args.positive_nll_enabled:
-            tokens = loss_mask(output) & self._is_correct(rewards).unsqueeze(-1)
-            output["rewards"] = rewards
-            output["num_correct_tokens"] = self.accelerator.gather(tokens.sum()).sum()
+        if self.active.controls:
+            old_logps, old_entropies = output.get("old_per_token_logps"), output.get("old_entropies")
+            if old_logps is None and self.active.need("rollout_pass"):
+                old_logps, old_entropies = self.rollout_pass(output)
+            rollout = Rollout(loss_mask(output), rewards, output["advantages"], old_logps, old_entropies)
+            columns, metrics = self.active.on_rollout(rollout, self._context())
+            output.update(columns)
+            self._token_means[self.mode].add(metrics)
         if self.recording:
             first = self.accelerator.process_index * len(rewards)
             output["completion_index"] = torch.arange(first, first + len(rewards), device=rewards.device)
 
     def rows_to_repeat(self, num_rows: int) -> Tensor | None:
-        if not self.args.erc_enabled or self.mode != "train" or not has_rotary_positions(self.model.config):
+        compared = any(control.on_repeat is not None for control in self.active.controls)
+        if not compared or self.mode != "train" or not has_rotary_positions(self.model.config):
             return None
-        rollout = self._step // (self.args.steps_per_generation * self.num_iterations)
+        rollout = self._step // self._micro_batches_per_rollout
         if isinstance(self.processing_class, ProcessorMixin) or rollout % math.ceil(ROWS_PER_REPEAT / num_rows):
             return None
         count = max(1, num_rows // ROWS_PER_REPEAT)
         return torch.arange(count) * (num_rows // count)
 
     def on_repeat(self, output: dict[str, Any], rows: Tensor, entropies: Tensor) -> None:
-        low, high = self.args.erc_low, self.args.erc_high
-        ratio = entropy_ratio(entropies, output["old_entropies"][rows], self.args.erc_entropy_floor)
-        outside = TokenMean(~inside_bounds(ratio, low, high), loss_mask(output)[rows])
-        self._token_means[self.mode].add({"erc/rounding_fraction": outside})
+        old_entropies, mask = output["old_entropies"][rows], loss_mask(output)[rows]
+        metrics = self.active.on_repeat(entropies, old_entropies, mask, self._context())
+        self._token_means[self.mode].add(metrics)
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
         return self.accelerator.reduce(self.accelerator.pad_across_processes(totals, dim=0))
 
-    def _is_correct(self, rewards: Tensor) -> Tensor:
-        return rewards >= self.args.positive_nll_min_reward
-
-    @property
-    def shapes_policy_gradient(self) -> bool:
-        """Whether a control changes the advantages or old log-probs that TRL's loss reads."""
-        return self.args.erc_enabled or self.args.ce_gppo_enabled
+    def _gather(self, flat: Tensor) -> Tensor:
+        return self.accelerator.gather(flat)
 
     def on_forward(self, call: LossCall) -> None:
         if "tool_mask" in call.inputs:
             self._token_means[self.mode].add(turn_entropies(call.entropies.detach(), call.mask))
-        if self.shapes_policy_gradient:
+        if self.active.shape_tokens:
             self._shape_policy_gradient(call)
-        elif self.args.any_control_enabled:
+        elif self.active.controls:
             self._bound_importance_ratio(call)
 
     @torch.no_grad()
@@ -177,35 +188,28 @@ class EntropyGRPOTrainer(GRPOContact):
         if self.off_policy_mask_threshold is not None:
             inputs.setdefault("sampling_per_token_logps", old_logps)
 
-    @torch.no_grad()
-    def _shape_policy_gradient(self, call: LossCall) -> None:
-        inputs, logps, entropies = call.inputs, call.logps.detach(), call.entropies.detach()
+    def _micro_batch(self, call: LossCall) -> MicroBatch:
+        """The micro-batch as the controls read it."""
+        inputs, logps, advantages = call.inputs, call.logps, call.inputs["advantages"]
         on_policy = inputs.get("old_per_token_logps") is None
-        advantages = inputs["advantages"]
         tokens = PolicyTokens(
             logps=logps,
-            old_logps=logps if on_policy else inputs["old_per_token_logps"],
+            old_logps=logps.detach() if on_policy else inputs["old_per_token_logps"],
             advantages=(advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logps),
             mask=call.mask,
         )
-        self._keep_off_policy_mask(inputs, tokens.old_logps)
-        old_entropies = entropies if on_policy else inputs.get("old_entropies")
-        shaped, metrics = clip_controls(
-            tokens,
-            entropies,
-            old_entropies,
-            level=self.importance_sampling_level,
-            eps_low=self.epsilon_low,
-            eps_high=self.epsilon_high,
-            ce_gppo_alphas=self.args.ce_gppo_alphas,
-            erc_bounds=self.args.erc_bounds,
-            erc_entropy_floor=self.args.erc_entropy_floor,
-            delta=self.args.delta,
-            constant_ratio=self.args.loss_type == "cispo",
-        )
+        old_entropies = call.entropies.detach() if on_policy else inputs.get("old_entropies")
+        return micro_batch(tokens, call.entropies, old_entropies, self.importance_sampling_level, inputs)
+
+    def _shape_policy_gradient(self, call: LossCall) -> None:
+        inputs, batch = call.inputs, self._micro_batch(call)
+        self._keep_off_policy_mask(inputs, batch.tokens.old_logps)
+        shaped, metrics = self.active.shape(batch, self._context())
         inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
         if shaped.frozen is not None:
             self._freeze(call, shaped.frozen)
+        if shaped.without_bonus is not None:
+            call.bonus_entropies = torch.where(shaped.without_bonus, call.entropies.detach(), call.entropies)
         self._count(call, metrics)
 
     @torch.enable_grad()
@@ -222,64 +226,30 @@ class EntropyGRPOTrainer(GRPOContact):
         self._token_means[self.mode].add(metrics)
 
     def added_loss(self, call: LossCall) -> Tensor | None:
-        added = []
-        if self.args.epo_enabled:
-            added.append(self.args.epo_coef * self._epo_loss(call))
-        if self.args.positive_nll_enabled:
-            added.append(self.args.positive_nll_coef * self._positive_nll_loss(call))
-        return torch.stack(added).sum() if added else None
-
-    def _epo_loss(self, call: LossCall) -> Tensor:
-        args, history = self.args, self._entropy_history
-        if self.mode == "train":
-            # the policy that wrote the rollout; on-policy it is the one being trained
-            history.add(call.inputs.get("old_entropies", call.entropies), call.mask)
-        micro_batches = args.steps_per_generation * self.num_iterations  # of an RL step
-        loss, metrics = epo(
-            call.entropies,
-            call.mask,
-            history.mean(args.epo_history, like=call.entropies.detach()),
-            beta=epo_beta(
-                # by position, not by the history's length: a resumed run may have another schedule, or no history
-                self._step // micro_batches,
-                math.ceil(self.state.max_steps * args.gradient_accumulation_steps / micro_batches),
-                gamma=args.epo_gamma,
-                schedule=args.epo_schedule,
-            ),
-            kappa_low=args.epo_kappa_low,
-            kappa_high=args.epo_kappa_high,
-            penalty=args.epo_penalty,
-            form=args.epo_form,
-            num_trajectories=self._per_window(call, "num_trajectories", f"epo_coef={args.epo_coef}"),
-            bonus_entropies=call.bonus_entropies,
-        )
+        if not self.active.controls:
+            return None
+        batch = replace(self._micro_batch(call), bonus_entropies=call.bonus_entropies)
+        added, metrics = self.active.loss(batch, self._context(partial(self._per_window, call.inputs)))
         self._count(call, metrics)
-        return loss
-
-    def _positive_nll_loss(self, call: LossCall) -> Tensor:
-        needed_by = f"positive_nll_coef={self.args.positive_nll_coef}"
-        num_tokens = self._per_window(call, "num_correct_tokens", needed_by)
-        correct = self._is_correct(call.inputs["rewards"])
-        loss, metrics = positive_nll(call.logps, call.mask, correct, num_tokens)
-        self._count(call, metrics)
-        return loss
+        return added
 
     def on_loss(self, call: LossCall, inputs: dict[str, Any]) -> None:
         if self._recorder is not None and self.mode == "train":
             measured = (call.mask, call.logps.detach(), call.entropies.detach(), call.metrics)
-            self._recorder.add(Update(inputs, *measured, step=self.state.global_step + 1, micro_step=self._step))
+            position = {"step": self.state.global_step + 1, "micro_step": self._step}
+            self._recorder.add(Update(inputs, *measured, **position, shaped=call.inputs))
 
-    def _per_window(self, call: LossCall, name: str, needed_by: str) -> Tensor:
+    def _per_window(self, inputs: Mapping[str, Tensor], name: str, needed_by: str) -> Tensor:
         """A count over the whole rollout, rescaled to one accumulation window of one process, as TRL's token mean is.
 
         A loss divided by it, summed over micro-batches and averaged over processes, is the mean over the rollout.
         """
-        if name not in call.inputs:
+        if name not in inputs:
             raise KeyError(
                 f"{needed_by} needs `{name}`, which the micro-batch does not have. Let the trainer make the rollout, "
                 "or add it."
             )
-        count = call.inputs[name].clamp(min=1) / self.accelerator.num_processes
+        count = inputs[name].clamp(min=1) / self.accelerator.num_processes
         if self.mode == "train":
             count = count * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return count
@@ -297,21 +267,22 @@ class EntropyGRPOTrainer(GRPOContact):
         super()._save_checkpoint(model, trial)
 
     def control_state(self) -> dict[str, Any]:
-        return {"entropy_history": self._entropy_history.state_dict()}
+        return self.active.state_dict()
 
     def load_control_state(self, state: dict[str, Any], *, own: bool) -> None:
-        history = state["entropy_history"]
-        # the sums of the step that was running are each process's part of it
-        self._entropy_history.load_state_dict(history if own else {**history, "running": None})
+        if missing := self.active.load_state_dict(state, own=own):
+            warnings.warn(f"The checkpoint has no state of {' and '.join(missing)}: it begins anew.", stacklevel=2)
 
     def rollout_settings(self) -> dict[str, str]:
-        columns = ("erc_enabled", "epo_enabled", "positive_nll_enabled", "recording_enabled")
-        return super().rollout_settings() | {name: repr(getattr(self.args, name, False)) for name in columns}
+        columns = [control for control in CONTROLS if control.on_rollout or control.needs_old_entropies]
+        enabled = {f"{control.prefix}_enabled": repr(control.enabled(self.args)) for control in columns}
+        names = ("recording_enabled", *(name for one in self.active.controls for name in one.rollout_settings))
+        return super().rollout_settings() | enabled | {name: repr(getattr(self.args, name, False)) for name in names}
 
     def control_metrics(self) -> dict[str, float]:
         return self._token_means[self.mode].pop()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
-        if self.controlled and self.args.any_control_enabled and self.is_world_process_zero():
+        if self.active.controls and self.is_world_process_zero():
             add_methods(os.path.join(self.args.output_dir, "README.md"), self.args)
