@@ -1,8 +1,8 @@
 """Value models, their ensemble, prompt-level shards and generalised advantages (AsyPPO, arXiv 2510.01656)."""
 
+from ..controls.selection import highest_fraction, lowest_fraction
 from .ensemble import CriticEnsemble
 from .gae import critic_targets, explained_variance, generalized_advantages, whiten
-from .selection import highest_fraction, lowest_fraction
 from .sharding import assign_shards
 from .value_model import check_tokenizer, load_critic, values
 

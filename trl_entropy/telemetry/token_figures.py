@@ -117,7 +117,7 @@ def entropy_contributions(tokens: TokenRecord) -> tuple[Floats, Floats]:
     """Each token's share in the change of the entropy, to first order, and its class.
 
     Under a policy-gradient step, `dH = -eta Cov(log pi, pi A)` (arXiv 2505.22617, theorem 1), to which a sampled token
-    adds `-(lp - E lp) pi A` with `E lp = -H`. In the place of `A` is the record's `gradient`: the advantage as the loss
+    adds `-(lp - E lp) pi A` with `E lp = -H`. In place of `A` is the record's `gradient`: the advantage as the loss
     weighted it, by the importance ratio and by every control, 0 where one of them or PPO-clip dropped the token.
 
     A token is HP if `lp > -H`, so that it is more probable than its state's tokens are on average, else LP; PA or NA

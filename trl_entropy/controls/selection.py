@@ -1,4 +1,4 @@
-"""The tokens with the lowest or highest scores of the global batch, to the exact count (AsyPPO, arXiv 2510.01656)."""
+"""The tokens with the lowest or highest scores of the global batch, to the exact count."""
 
 import math
 from collections.abc import Callable
