@@ -63,7 +63,7 @@ def test_sense_is_accepted_without_a_warning(tmp_path, given) -> None:
         config(tmp_path, **given)
 
 
-@pytest.mark.parametrize(("given", "methods"), [(ERC, "ERC will"), (ERC | CE_GPPO, "ERC and CE-GPPO will")])
+@pytest.mark.parametrize(("given", "methods"), [(ERC, "ERC will"), (ERC | CE_GPPO, "CE-GPPO and ERC will")])
 def test_on_policy_schedule_warns_and_names_the_field(tmp_path, given, methods) -> None:
     with pytest.warns(UserWarning, match=f"{methods} do nothing: with num_ppo_epochs=1") as caught:
         config(tmp_path, num_ppo_epochs=1, **given)

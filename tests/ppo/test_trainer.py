@@ -109,7 +109,7 @@ def test_training_with_every_control(make_ppo) -> None:
     assert trainer.state.log_history[-1].keys() >= CONTROL_METRICS
     assert min(logged(trainer, "erc/clip_fraction")) > 0
     means = [rollout["old_entropies"][~rollout["padding_mask"]].mean().item() for rollout in rollouts]
-    assert trainer.active.states["epo"].steps == pytest.approx(means, rel=1e-5)
+    assert trainer.active.states["epo"].steps == pytest.approx(means[:-1], rel=1e-5)
     # 3 rollouts, so k_mid = 1
     assert logged(trainer, "epo/beta") == pytest.approx([1 + math.exp(-3.0 * k) for k in range(3)], rel=1e-5)
     assert logged(trainer, "epo/corridor_low") == pytest.approx([0.8 * means[0], 0.4 * sum(means[:2])], rel=1e-4)

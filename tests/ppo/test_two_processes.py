@@ -23,7 +23,7 @@ def test_processes_agree_and_save(tiny_model_path, tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["history"] == second["history"]
-    assert len(first["history"]) == 2
+    assert len(first["history"]) == 1  # the second rollout is not over until a third begins
     for name, value in first["adapters"].items():
         assert torch.equal(value, second["adapters"][name]), name
     assert any(value.abs().sum() > 0 for name, value in first["adapters"].items() if "lora_B" in name)
