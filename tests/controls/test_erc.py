@@ -1,11 +1,13 @@
 """ERC by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trl_entropy.controls import PolicyTokens, entropy_ratio, erc
+from trl_entropy.controls import PolicyTokens, TokenMean, entropy_ratio, erc
+from trl_entropy.controls.erc import MAX_LOG_POWER, TARGET_GAIN, BoundPower, bounds_now
 
 
 def tokens(advantages):
@@ -105,3 +107,42 @@ def test_sixteen_bit_entropies_are_compared_in_float32():
     for dtype in (torch.float16, torch.bfloat16):
         new, old = (torch.tensor([values], dtype=dtype) for values in ([0.0, 0.0, 1.0], [0.0, 0.5, 1.0]))
         assert entropy_ratio(new, old).tolist() == [[1.0, pytest.approx(0.0, abs=1e-6), 1.0]]
+
+
+def test_outward_keeps_what_brings_the_entropy_back():
+    # H = 1.2 after 1.0 (above) or 0.8 (below); lp = -0.5 is above average (lp > -H), lp = -3 below it
+    new = torch.tensor([[1.2, 1.2, 1.2, 1.2, 0.8, 0.8, 0.8, 0.8, 1.0, math.nan, 1.2]], dtype=torch.float64)
+    logps = torch.tensor([[-0.5, -0.5, -3.0, -3.0] * 2 + [-0.5, -0.5, -0.5]], dtype=torch.float64)
+    advantages = [1.0, -1.0, 1.0, -1.0] * 2 + [1.0, 1.0, 0.0]
+    before = PolicyTokens(logps, logps, torch.tensor([advantages], dtype=torch.float64), logps < 0)
+    shaped, metrics = erc(before, new, torch.ones_like(new), low=0.95, high=1.05, side="outward")
+    # raising a sure token, or lowering an unsure one, sharpens: that brings the entropy back where it rose
+    kept = [1.0, 0.0, 0.0, -1.0, 0.0, -1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+    assert shaped.advantages.tolist() == [kept]
+    clipped = [1.0 if weight == 0.0 else 0.0 for weight in kept[:-1]] + [0.0]  # without an advantage nothing moves
+    assert metrics["erc/clip_fraction"].value.float().tolist() == [clipped]
+
+
+def test_bounds_move_towards_the_target_share():
+    power, clipped = BoundPower(), torch.tensor([[True, True, True, False, False]])
+    settings = SimpleNamespace(erc_low=0.95, erc_high=1.05)
+    assert bounds_now(settings, power) == bounds_now(settings, None) == (0.95, 1.05)
+    power.finish_rollout(0.2, lambda totals: totals)  # nothing was counted
+    assert power.log_power == 0.0
+    power.add(TokenMean(clipped, torch.ones_like(clipped)))
+    restored = BoundPower()
+    restored.load_state_dict(power.state_dict())
+    other = BoundPower()
+    other.load_state_dict(power.state_dict(), own=False)
+    other.finish_rollout(0.2, lambda totals: totals)
+    assert other.log_power == 0.0  # another process's counts are not counted again
+    for one in (power, restored):
+        one.finish_rollout(0.2, lambda totals: 2 * totals)  # two processes with the same counts
+        assert one.log_power == pytest.approx(TARGET_GAIN * (0.6 - 0.2))
+    low, high = bounds_now(settings, power)
+    factor = math.exp(TARGET_GAIN * 0.4)
+    assert (math.log(low), math.log(high)) == pytest.approx((factor * math.log(0.95), factor * math.log(1.05)))
+    for _ in range(200):
+        power.add(TokenMean(torch.zeros(1, 5), clipped | True))
+        power.finish_rollout(0.2, lambda totals: totals)
+    assert power.log_power == -MAX_LOG_POWER

@@ -28,6 +28,8 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "erc_low": (ERC, {"erc_low": 0.999}, POLICY),
     "erc_high": (ERC, {"erc_high": 1.001}, POLICY),
     "erc_entropy_floor": (ERC, {"erc_entropy_floor": 10.0}, POLICY),
+    "erc_side": (ERC, {"erc_side": "outward"}, POLICY),
+    "erc_target_fraction": ({**ERC, "max_steps": 6}, {"erc_target_fraction": 0.9}, POLICY),
     "ce_gppo_alpha1": (CE_GPPO, {"ce_gppo_alpha1": 0.1}, POLICY),
     "ce_gppo_alpha2": (CE_GPPO, {"ce_gppo_alpha2": 0.1}, POLICY),
     "epo_coef": (EPO, {"epo_coef": 0.0}, POLICY),

@@ -41,7 +41,8 @@ class ActiveControls:
     def of(cls, config: Any, critics: bool = False) -> "ActiveControls":
         """Those of a configuration, their states new; with `critics`, those that critics bring along too."""
         controls = tuple(one for one in CONTROLS if one.enabled(config) or (critics and one.comes_with_critics))
-        return cls(controls, {one.prefix: one.state(config) for one in controls if one.state is not None})
+        made = {one.prefix: one.state(config) for one in controls if one.state is not None}
+        return cls(controls, {prefix: state for prefix, state in made.items() if state is not None})
 
     @property
     def shape_tokens(self) -> bool:
@@ -72,7 +73,8 @@ class ActiveControls:
         metrics: dict[str, TokenMean] = {}
         for control in self.controls:
             if control.on_repeat is not None:
-                metrics |= control.on_repeat(entropies, old_entropies, mask, context)
+                state = self.states.get(control.prefix)
+                metrics |= control.on_repeat(entropies, old_entropies, mask, context, state)
         return metrics
 
     @torch.no_grad()
@@ -173,6 +175,8 @@ def clip_controls(
         erc_low=low,
         erc_high=high,
         erc_entropy_floor=erc_entropy_floor,
+        erc_side="both",
+        erc_target_fraction=None,
     )
     context = Context(settings, level, eps_low, eps_high, delta, constant_ratio)
     return ActiveControls.of(settings).shape(micro_batch(tokens, entropies, old_entropies, level), context)

@@ -240,7 +240,7 @@ class Control:
         needs_entropy_gradients: Whether it differentiates entropies.
         needs_rollout_pass: Whether `on_rollout` reads log-probs and entropies even where TRL does not compute them.
         rollout_settings: Fields on which the columns of `on_rollout` depend: resumed with others, they are made anew.
-        state: Makes its state from the configuration.
+        state: Makes its state from the configuration, or `None` where it needs none.
         on_rollout: Columns, `(B, ...)` or 0-dim, to add to a scored rollout, and metrics.
         on_repeat: Metrics of the entropies of a second forward pass with the same weights; gets the entropies, the
             first pass's and the mask, `(rows, T)` each.
@@ -276,9 +276,9 @@ class Control:
     needs_entropy_gradients: bool = False
     needs_rollout_pass: bool = False
     rollout_settings: tuple[str, ...] = ()
-    state: Callable[[Any], State] | None = None
+    state: Callable[[Any], State | None] | None = None
     on_rollout: Callable[[Rollout, Context, Any], tuple[Mapping[str, Tensor], Metrics]] | None = None
-    on_repeat: Callable[[Tensor, Tensor, Tensor, Context], Metrics] | None = None
+    on_repeat: Callable[[Tensor, Tensor, Tensor, Context, Any], Metrics] | None = None
     shape: Callable[[MicroBatch, PolicyTokens, Context, Any], tuple[PolicyTokens, Metrics]] | None = None
     loss: Callable[[MicroBatch, Context, Any], tuple[Tensor, Metrics]] | None = None
     metrics: tuple[Metric, ...] = ()

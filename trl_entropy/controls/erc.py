@@ -1,5 +1,7 @@
 """ERC: clipping by the entropy ratio of the new and the old policy (arXiv 2512.05591)."""
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -8,12 +10,30 @@ import torch
 from torch import Tensor
 
 from .checks import check_not_negative
-from .control import LINEAR_LOSSES, Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel, TokenView
+from .control import (
+    LINEAR_LOSSES,
+    Context,
+    Control,
+    Figure,
+    Mark,
+    Metric,
+    Metrics,
+    MicroBatch,
+    Panel,
+    Rollout,
+    TokenView,
+)
 from .health import WINDOW, Finding, LogHistory, ends, enough, finite_values
 from .tokens import PolicyTokens, TokenMean, in_float32
 
 ENTROPY_FLOOR = 1e-8
 """Nats; the paper's."""
+SIDES = ("both", "outward")
+TARGET_GAIN = 2.0
+"""What the power of the bounds is multiplied with, as the exponent of e, per share of tokens clipped too many. With
+0.6 clipped instead of 0.2 the bounds become 2.2 times as wide, with none 0.67 times."""
+MAX_LOG_POWER = 7.0
+"""Bounds 1,100 times as wide or narrow as they began: beyond any working run's."""
 MUCH_ROUNDING = 0.25
 """Above a quarter of what ERC clips, too much of it is chance for the gate to measure the policy."""
 
@@ -31,6 +51,14 @@ class ERCFields:
         erc_entropy_floor (`float`, *optional*, defaults to `1e-8`):
             What is added to both entropies of the ratio, nats, at least 0. Published: 1e-8. A larger one lets tokens
             of less entropy than that change freely, whose ratio is mostly rounding in bfloat16.
+        erc_side (`str`, *optional*, defaults to `"both"`):
+            Which tokens outside the bounds are dropped: `"both"` for all of them (the paper), or `"outward"` for those
+            whose own gradient would move the entropy further out, to first order (see `erc`; not in the paper).
+        erc_target_fraction (`float`, *optional*):
+            Share of the tokens to be clipped, in (0, 1) (not in the paper, which reports 0.2 with fixed bounds). After
+            every rollout both bounds are raised to one power, so that they move symmetrically on a log scale: wider
+            where more tokens were clipped than this, narrower where fewer were. They start at `erc_low` and
+            `erc_high`, and are in checkpoints. Off if not set.
     """
 
     erc_low: float | None = field(
@@ -42,6 +70,12 @@ class ERCFields:
     erc_entropy_floor: float = field(
         default=ENTROPY_FLOOR,
         metadata={"help": "ERC: added to both entropies of the ratio, nats. Published: 1e-8."},
+    )
+    erc_side: str = field(
+        default="both", metadata={"help": "ERC: drop all tokens outside the bounds (both), or those going outward."}
+    )
+    erc_target_fraction: float | None = field(
+        default=None, metadata={"help": "ERC: share of tokens to be clipped, for which the bounds move. Try 0.2."}
     )
 
     @property
@@ -59,6 +93,9 @@ def check(config: Any) -> None:
     """Refuse values that ERC cannot work with."""
     low, high = config.erc_low, config.erc_high
     check_not_negative(config, "erc_entropy_floor", "1e-8")
+    if config.erc_side not in SIDES:
+        raise ValueError(f"erc_side={config.erc_side!r} is unknown. Choose one of {', '.join(SIDES)}.")
+    _check_target(config.erc_target_fraction, low, high)
     if low is None and high is None:
         return
     if low is None or high is None:
@@ -73,6 +110,23 @@ def check(config: Any) -> None:
             f"beta={config.beta} with use_bias_correction_kl=True multiplies the KL term by the importance ratio of "
             "the sequence, in which ERC makes constants of the tokens it clips. Set use_bias_correction_kl=False, "
             "or beta=0."
+        )
+
+
+def _check_target(target: float | None, low: float | None, high: float | None) -> None:
+    if target is None:
+        return
+    if not 0.0 < target < 1.0:
+        raise ValueError(f"erc_target_fraction={target} must be in (0, 1). ERC's paper clips about 0.2.")
+    if low is None or high is None:
+        raise ValueError(
+            f"erc_target_fraction={target} moves erc_low and erc_high, which are not set. Set where they begin, such "
+            "as 0.95 and 1.05."
+        )
+    if low == 0.0:
+        raise ValueError(
+            f"erc_low=0 cannot be moved by erc_target_fraction={target}: it is no bound. Set it to 0.95, where the "
+            "paper has it."
         )
 
 
@@ -108,6 +162,7 @@ def erc(
     low: float,
     high: float,
     floor: float = ENTROPY_FLOOR,
+    side: str = "both",
     sequence_ratio: bool = False,
 ) -> tuple[PolicyTokens, dict[str, TokenMean]]:
     """Keep a token's policy gradient iff `low < rho < high` (arXiv 2512.05591).
@@ -122,6 +177,12 @@ def erc(
     of GSPO-token (arXiv 2507.18071, eq. 13) with the authors' gate on each token's term; with an advantage per token,
     a kept token's weight is the mean over the sequence, as in GSPO without ERC.
 
+    With `side="outward"`, which is not in the paper, a token outside the bounds is kept if its own gradient brings
+    its entropy back. A step along `A grad lp` changes the entropy of the token's state, to first order and as far as
+    the sampled token alone tells, by a positive multiple of `-A (lp + H)` (the token's term of the covariance in arXiv
+    2505.22617, theorem 1): raising a token that is more probable than its state's tokens are on average, `lp > -H`,
+    sharpens the distribution. So above `high` a token is dropped if `A (lp + H) < 0`, below `low` if it is above 0.
+
     Args:
         tokens: The micro-batch.
         entropies: Nats, `(B, T)`.
@@ -129,6 +190,7 @@ def erc(
         low: Lower bound of the entropy ratio, in [0, 1).
         high: Upper bound, above 1.
         floor: Of `entropy_ratio`, nats.
+        side: `"both"` or `"outward"`.
         sequence_ratio: Whether the tokens of a sequence share one importance ratio that carries their gradient.
 
     Returns:
@@ -136,6 +198,9 @@ def erc(
     """
     ratio = entropy_ratio(entropies, old_entropies, floor)
     below, above, kept = ratio <= low, ratio >= high, inside_bounds(ratio, low, high)
+    if side == "outward":
+        sharpens = tokens.advantages * (tokens.logps.detach() + entropies.detach())
+        kept = kept | (below & ~(sharpens > 0)) | (above & ~(sharpens < 0))
     if sequence_ratio:
         shaped = replace(tokens, frozen=tokens.mask & ~kept)
     else:
@@ -150,28 +215,85 @@ def erc(
     }
 
 
-def shape(batch: MicroBatch, tokens: PolicyTokens, context: Context, state: None) -> tuple[PolicyTokens, Metrics]:
+class BoundPower:
+    """The power that both bounds are raised to, moved towards a share of clipped tokens; 1 leaves them as they are."""
+
+    def __init__(self) -> None:
+        self.log_power = 0.0
+        self._running: Tensor | None = None
+
+    def add(self, clipped: TokenMean) -> None:
+        """Count the tokens of one micro-batch; without a synchronisation with the device."""
+        totals = clipped.totals()
+        self._running = totals if self._running is None else self._running + totals
+
+    def finish_rollout(self, target: float, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Move the power by the share clipped since the last call; `reduce` sums a tensor over the processes."""
+        if self._running is None:
+            return
+        clipped, tokens = reduce(self._running).tolist()
+        self._running = None
+        if tokens > 0:
+            moved = self.log_power + TARGET_GAIN * (clipped / tokens - target)
+            self.log_power = min(max(moved, -MAX_LOG_POWER), MAX_LOG_POWER)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; the running counts are this process's own."""
+        return {"log_power": self.log_power, "running": self._running}
+
+    def load_state_dict(self, state: dict[str, Any], *, own: bool = True) -> None:
+        """Continue from `state_dict()`."""
+        self.log_power, self._running = state["log_power"], state["running"] if own else None
+
+
+def bounds_now(settings: Any, state: BoundPower | None) -> tuple[float, float]:
+    """The bounds of the entropy ratio: those of the configuration, raised to the state's power."""
+    power = 1.0 if state is None else math.exp(state.log_power)
+    return settings.erc_low**power, settings.erc_high**power
+
+
+def shape(
+    batch: MicroBatch, tokens: PolicyTokens, context: Context, state: BoundPower | None
+) -> tuple[PolicyTokens, Metrics]:
     settings = context.settings
+    low, high = bounds_now(settings, state)
     if batch.old_entropies is None:
         raise KeyError(
             "ERC needs the rollout's entropies: the micro-batch has `old_per_token_logps` and no "
             "`old_entropies`. Let the trainer make the rollout, or add them."
         )
-    return erc(
+    shaped, metrics = erc(
         tokens,
         batch.entropies,
         batch.old_entropies,
-        low=settings.erc_low,
-        high=settings.erc_high,
+        low=low,
+        high=high,
         floor=settings.erc_entropy_floor,
+        side=settings.erc_side,
         sequence_ratio=context.level == "sequence" and not context.constant_ratio,
     )
+    if state is None:
+        return shaped, metrics
+    if context.training:
+        state.add(metrics["erc/clip_fraction"])
+    bounds = (("erc/bound_low", low), ("erc/bound_high", high))
+    return shaped, metrics | {
+        name: TokenMean(torch.full((), value, device=tokens.mask.device), tokens.mask) for name, value in bounds
+    }
 
 
-def on_repeat(entropies: Tensor, old_entropies: Tensor, mask: Tensor, context: Context) -> Metrics:
+def on_rollout(rollout: Rollout, context: Context, state: "BoundPower | None") -> tuple[Mapping[str, Tensor], Metrics]:
+    if state is not None and context.training:
+        state.finish_rollout(context.settings.erc_target_fraction, context.sum_over_processes)
+    return {}, {}
+
+
+def on_repeat(
+    entropies: Tensor, old_entropies: Tensor, mask: Tensor, context: Context, state: BoundPower | None
+) -> Metrics:
     settings = context.settings
     ratio = entropy_ratio(entropies, old_entropies, settings.erc_entropy_floor)
-    outside = ~inside_bounds(ratio, settings.erc_low, settings.erc_high)
+    outside = ~inside_bounds(ratio, *bounds_now(settings, state))
     return {"erc/rounding_fraction": TokenMean(outside, mask)}
 
 
@@ -199,12 +321,14 @@ ERC = Control(
     prefix="erc",
     paper="Entropy Ratio Clipping as a Soft Global Constraint for Stable Reinforcement Learning",
     arxiv="2512.05591",
-    fields=("erc_low", "erc_high", "erc_entropy_floor"),
+    fields=("erc_low", "erc_high", "erc_entropy_floor", "erc_side", "erc_target_fraction"),
     check=check,
     acts_on_policy=False,
     loss_types=LINEAR_LOSSES,
     loss_reason="whose weights couple the tokens of a sequence",
     needs_old_entropies=True,
+    state=lambda config: None if config.erc_target_fraction is None else BoundPower(),
+    on_rollout=on_rollout,
     shape=shape,
     on_repeat=on_repeat,
     metrics=(
@@ -242,6 +366,8 @@ ERC = Control(
             "images",
             "below a quarter of `erc/clip_fraction`; about 0 in float32",
         ),
+        Metric("bound_low", "-", "lower bound of the entropy ratio, where `erc_target_fraction` moves it", "settles"),
+        Metric("bound_high", "-", "upper bound, likewise", "settles"),
     ),
     marks=(
         Mark(
