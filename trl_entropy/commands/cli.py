@@ -9,6 +9,7 @@ COMMANDS = {
     "probe": ("trl_entropy.commands.probe", "before a run, how much of what the controls clip is rounding"),
     "report": ("trl_entropy.commands.report", "write a page that compares runs"),
     "eval": ("trl_entropy.commands.evaluate", "avg@n and pass@k of models on benchmarks"),
+    "methods": ("trl_entropy.commands.methods", "list the controls: papers, fields, what excludes what"),
     "recipes": ("trl_entropy.commands.recipes", "list, show or copy the shipped recipes"),
 }
 """Each command's module, imported only when it is run, and what it does."""

@@ -132,19 +132,27 @@ def critic_explains_nothing(log_history: LogHistory) -> Finding | None:
 ASYPPO = Control(
     name="AsyPPO",
     prefix="asyppo",
+    summary="Advantages from the mean of small critics that each train on their own share of every prompt's "
+    "completions. Tokens on which the critics agree get advantage 0, those on which they disagree most no "
+    "entropy bonus.",
+    published="the defaults; 32 completions a prompt",
     paper="Asymmetric Proximal Policy Optimization: mini-critics boost LLM reasoning",
     arxiv="2510.01656",
     fields=(
         "num_critics",
         "critic_learning_rate",
         "critic_num_epochs",
+        "critic_per_device_train_batch_size",
         "critic_warmup_rollouts",
         "gae_gamma",
         "gae_lambda",
         "critic_gae_lambda",
+        "bootstrap_truncated",
         "whiten_advantages",
         "advantage_mask_fraction",
         "entropy_filter_fraction",
+        "critic_gradient_checkpointing",
+        "critic_dtype",
     ),
     check=check,
     loss_types=LINEAR_LOSSES,

@@ -172,6 +172,10 @@ def ce_gppo_runaway(log_history: LogHistory) -> Finding | None:
 CE_GPPO = Control(
     name="CE-GPPO",
     prefix="ce_gppo",
+    summary="A token that PPO-clip drops gets the gradient weight `alpha1 (1 - epsilon)` below the trust region, "
+    "`alpha2 (1 + epsilon_high)` above it. `1, 1` is GPPO (arXiv 2508.07629), `0, 0` has PPO-clip's "
+    "gradients.",
+    published="0.75, 1 (7B); 0.5, 1 (1.5B); `epsilon` 0.2",
     paper="CE-GPPO: Coordinating Entropy via Gradient-Preserving Clipping Policy Optimization in Reinforcement "
     "Learning",
     arxiv="2509.20712",

@@ -225,6 +225,8 @@ class Control:
         name: As its paper calls it.
         prefix: Of its metrics, its fields and its state. The configuration's property `<prefix>_enabled` says whether
             it is on.
+        summary: What it does, a sentence or two.
+        published: The published settings, in the order of the fields, a phrase.
         paper: Title.
         arxiv: Id.
         fields: Fields of the configuration that are its settings.
@@ -259,6 +261,8 @@ class Control:
 
     name: str
     prefix: str
+    summary: str
+    published: str
     paper: str
     arxiv: str
     fields: tuple[str, ...]

@@ -344,6 +344,8 @@ def loss(batch: MicroBatch, context: Context, history: EntropyHistory) -> tuple[
 EPO = Control(
     name="EPO",
     prefix="epo",
+    summary="An entropy bonus, smoothed towards a corridor around the mean entropy of all earlier rollouts.",
+    published="0.001; (0, 2), (0.8, 1.2), (0.5, 1.5); 0.05, 0.1; 3",
     paper="EPO: Entropy-regularized Policy Optimization for LLM Agents Reinforcement Learning",
     arxiv="2509.22576",
     fields=(

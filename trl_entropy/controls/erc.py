@@ -319,6 +319,9 @@ CLIPPED = (("erc_clipped", "clipped"),)
 ERC = Control(
     name="ERC",
     prefix="erc",
+    summary="A token keeps its policy gradient only while the ratio of its new to its old entropy lies between "
+    "the two bounds.",
+    published="0.95, 1.05, 1e-8",
     paper="Entropy Ratio Clipping as a Soft Global Constraint for Stable Reinforcement Learning",
     arxiv="2512.05591",
     fields=("erc_low", "erc_high", "erc_entropy_floor", "erc_side", "erc_target_fraction"),

@@ -1,0 +1,166 @@
+"""`trl-entropy methods [NAME ...] [--markdown | --metrics]`: the controls, from the rows of their table."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from textwrap import indent, wrap
+from typing import Any
+
+from trl_entropy import AsyPPOConfig
+from trl_entropy.controls import CONTROLS, Control
+from trl_entropy.trainers.config import EntropyGRPOConfig
+
+WIDTH = 100
+OTHER_METRICS = (
+    (
+        "ppo_clip/low_fraction",
+        "share of tokens",
+        "`A < 0` and ratio below `1 - epsilon`, before any control",
+        "0 at a rollout's first step, then below 0.01; 0.0002 in the papers",
+    ),
+    (
+        "ppo_clip/high_fraction",
+        "share of tokens",
+        "`A > 0` and ratio above `1 + epsilon_high`, before any control",
+        "0 at a rollout's first step, then below 0.01; 0.0002 in the papers",
+    ),
+    (
+        "entropy/turn_<n>, entropy/turns_9_to_16, entropy/turns_17_to_32, entropy/turns_from_33",
+        "nats",
+        "mean entropy of the tokens of these turns; only where completions are episodes, also with no control set",
+        "as `entropy`; one that rises towards the last turns: the policy is lost by then",
+    ),
+    (
+        "episode/success_rate",
+        "share of episodes",
+        "solved within the turns and tokens allowed; discarded episodes do not count",
+        "rises",
+    ),
+    (
+        "episode/turns",
+        "turns",
+        "mean length of an episode",
+        "falls as success rises, at the limit the policy wanders",
+    ),
+    ("episode/discarded_fraction", "share of episodes", "dropped because their simulator crashed", "0"),
+    ("reward", "reward", "mean total reward of the rollout (TRL)", "rises"),
+    (
+        "entropy",
+        "nats",
+        "mean entropy of the policy (TRL)",
+        "falls slowly and stays above zero",
+    ),
+    ("grad_norm", "-", "norm of the gradient before clipping (TRL)", "stays in one band"),
+)
+"""Metrics that no control logs."""
+
+
+def excluded(control: Control) -> list[str]:
+    """The names of the controls that cannot be on beside one, whichever of the two says so."""
+    pairs = {(one.prefix, prefix) for one in CONTROLS for prefix, _ in one.excludes}
+    loops = [one for one in CONTROLS if one.steers_entropy and one is not control and control.steers_entropy]
+    found = [one for one in CONTROLS if {(control.prefix, one.prefix), (one.prefix, control.prefix)} & pairs]
+    return [one.name for one in CONTROLS if one in found or one in loops]
+
+
+def acts(control: Control) -> str:
+    """When a control acts, in words."""
+    return "always" if control.acts_on_policy else "off-policy"
+
+
+def defaults(control: Control) -> dict[str, Any]:
+    """Its fields with their defaults."""
+    known = {field.name: field.default for config in (EntropyGRPOConfig, AsyPPOConfig) for field in fields(config)}
+    return {name: known[name] for name in control.fields}
+
+
+def described(control: Control) -> str:
+    """A control in a paragraph for the terminal."""
+    settings = ", ".join(f"{name} ({value})" for name, value in defaults(control).items())
+    lines = [
+        *wrap(control.summary.replace("`", ""), WIDTH),
+        f"paper:     {control.paper} (arXiv {control.arxiv})",
+        *wrap(f"fields:    {settings}", WIDTH, subsequent_indent=" " * 11),
+        *wrap(f"published: {control.published.replace('`', '')}", WIDTH, subsequent_indent=" " * 11),
+        f"acts:      {acts(control)}; at {' and '.join(control.levels)} level",
+        *wrap(f"not with:  {', '.join(excluded(control)) or '-'}", WIDTH, subsequent_indent=" " * 11),
+    ]
+    return f"{control.name}\n{indent(chr(10).join(lines), '  ')}"
+
+
+def markdown(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(map(_row, lines))
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"|{'|'.join(cells)}|" if set(cells) == {"---"} else f"| {' | '.join(cells)} |"
+
+
+def methods_table() -> str:
+    """The table of methods of the README, in Markdown."""
+    head = ("method", "paper", "fields (default)", "published", "acts", "not with", "what it does")
+
+    def rows() -> Iterator[Sequence[str]]:
+        for control in CONTROLS:
+            settings = ", ".join(f"`{name}` ({_default(value)})" for name, value in defaults(control).items())
+            paper = f"[{control.arxiv}](https://arxiv.org/abs/{control.arxiv})"
+            others = ", ".join(excluded(control)) or "-"
+            yield control.name, paper, settings, control.published, acts(control), others, control.summary
+
+    return markdown(head, rows())
+
+
+def metrics_table() -> str:
+    """The table of metrics of the README, in Markdown."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for name, unit, meaning, healthy in OTHER_METRICS[:2]:
+            yield _code(name), unit, meaning, healthy
+        for control in CONTROLS:
+            for metric in control.metrics:
+                yield f"`{control.prefix}/{metric.name}`", metric.unit, metric.meaning, metric.healthy
+        for name, unit, meaning, healthy in OTHER_METRICS[2:]:
+            yield _code(name), unit, meaning, healthy
+
+    return markdown(("key", "unit", "meaning", "a healthy run"), rows())
+
+
+def _code(names: str) -> str:
+    return ", ".join(f"`{name}`" for name in names.split(", "))
+
+
+def _default(value: Any) -> str:
+    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `trl-entropy methods`.
+
+    Args:
+        argv: The command line without the command's name; `None` for `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: With a one-line message if the arguments are wrong.
+    """
+    parser = argparse.ArgumentParser(prog="trl-entropy methods", description="List the controls, with their papers.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these, by name or prefix of fields")
+    parser.add_argument("--markdown", action="store_true", help="as a table of Markdown")
+    parser.add_argument("--metrics", action="store_true", help="the metrics instead, as a table of Markdown")
+    arguments = parser.parse_args(argv)
+    known = {key.lower(): control for control in CONTROLS for key in (control.name, control.prefix)}
+    if unknown := [name for name in arguments.names if name.lower() not in known]:
+        names = ", ".join(control.name for control in CONTROLS)
+        raise SystemExit(f"trl-entropy methods: error: {unknown[0]!r} is unknown. Choose from {names}.")
+    if arguments.metrics:
+        print(metrics_table())
+    elif arguments.markdown:
+        print(methods_table())
+    else:
+        chosen = [known[name.lower()] for name in arguments.names] or CONTROLS
+        print("\n\n".join(map(described, chosen)))
+
+
+if __name__ == "__main__":
+    main()
