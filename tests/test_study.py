@@ -15,7 +15,7 @@ from tests.conftest import parity_reward
 from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.critics import CriticEnsemble
 from trl_entropy.recipes import recipes_dir
-from trl_entropy.trainers.contact import LossCall
+from trl_entropy.trainers.contact import LossCall, loss_mask
 
 STUDY = recipes_dir() / "study"
 sys.path.insert(0, str(STUDY))
@@ -95,7 +95,7 @@ def test_tokens_that_a_gate_drops(make_trainer, gate, dropped):
     inputs = {"advantages": torch.tensor([1.0, -1.0]), "old_entropies": old_entropies}
     call = LossCall(inputs | {"old_per_token_logps": torch.zeros(2, 4)}, mask)
     call.logps, call.entropies = away.expand(2, 4), entropies
-    trainer._shape_policy_gradient(call)
+    trainer.on_forward(call)
     assert call.entropies is entropies
     found = call.inputs["advantages"][mask] == 0
     assert found.sum() == (sum(dropped) if dropped else 4)
@@ -131,16 +131,15 @@ def test_shared_data_trains_every_critic_on_every_completion(small_start, tmp_pa
 
 def test_entropy_mask_has_the_tokens_of_lowest_entropy(small_start, tmp_path, monkeypatch):
     masks = {}
-    original = probes.MeasuringAsyPPOTrainer._set_advantages
+    def keep(self, output, rewards):
+        on_rollout(self, output, rewards)
+        masks[arm] = (output["advantage_masked"], output["old_entropies"], loss_mask(output))
 
-    def spy(self, output, values, rewards, mask):
-        targets = original(self, output, values, rewards, mask)
-        masks[self._mask_by] = (output["advantage_masked"], output["old_entropies"], mask)
-        return targets
-
-    monkeypatch.setattr(probes.MeasuringAsyPPOTrainer, "_set_advantages", spy)
+    on_rollout = probes.MeasuringTrainer.on_rollout
+    monkeypatch.setattr(probes.MeasuringTrainer, "on_rollout", keep)
     for arm in ("asyppo", "asyppo-entropy-mask"):
         run.train(settings.Run("arithmetic", arm, 2, 1e-3, 0), tmp_path, steps=1)
+    masks = {"entropy": masks["asyppo-entropy-mask"], "value_std": masks["asyppo"]}
     chosen, entropies, mask = masks["entropy"]
     assert chosen.sum() == int(0.2 * mask.sum())
     assert entropies[chosen].max() <= entropies[mask & ~chosen].min()

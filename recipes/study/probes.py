@@ -1,5 +1,6 @@
 """TRL trainers that also measure every token they train on, and AsyPPO's ablations."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trl_entropy import AsyPPOTrainer, EntropyGRPOTrainer
+from trl_entropy.controls import Context, MicroBatch, PolicyTokens, Rollout
+from trl_entropy.controls.asyppo import ASYPPO
+from trl_entropy.controls.control import Metrics
+from trl_entropy.controls.erc import ERC
 from trl_entropy.critics import lowest_fraction
 from trl_entropy.trainers.contact import LossCall, loss_mask
 
@@ -72,12 +77,43 @@ class EntropyProbe(TrainerCallback):
         self.entropies.append(round(entropy.item(), 5))
 
 
+def random_gate(batch: MicroBatch, tokens: PolicyTokens, context: Context, state: Any) -> tuple[PolicyTokens, Metrics]:
+    """ERC on pairs of entropies that change places, so that as many ratios are outside the bounds."""
+    mask = tokens.mask
+    order = mask.nonzero()[torch.randperm(int(mask.sum()))].unbind(1)
+    entropies, old_entropies = batch.entropies.detach().clone(), batch.old_entropies.clone()
+    entropies[mask], old_entropies[mask] = batch.entropies.detach()[order], batch.old_entropies[order]
+    return ERC.shape(replace(batch, entropies=entropies, old_entropies=old_entropies), tokens, context, state)
+
+
+def away_gate(batch: MicroBatch, tokens: PolicyTokens, context: Context, state: Any) -> tuple[PolicyTokens, Metrics]:
+    """ERC on those tokens alone whose gradient moves the importance ratio further from 1."""
+    raw, entropies = batch.tokens, batch.entropies.detach()
+    away = raw.advantages * (raw.logps - raw.old_logps) > 0
+    return ERC.shape(
+        replace(batch, old_entropies=torch.where(away, batch.old_entropies, entropies)), tokens, context, state
+    )
+
+
+def mask_by_entropy(rollout: Rollout, context: Context, state: Any) -> tuple[dict[str, Tensor], Metrics]:
+    """AsyPPO's mask on as many tokens, but on those with the lowest entropy."""
+    fraction = context.settings.advantage_mask_fraction
+    return {"advantage_masked": lowest_fraction(rollout.old_entropies, rollout.mask, fraction, context.gather)}, {}
+
+
+VARIANTS = {
+    "random": (ERC, replace(ERC, shape=random_gate)),
+    "away": (ERC, replace(ERC, shape=away_gate)),
+    "entropy": (ASYPPO, replace(ASYPPO, on_rollout=mask_by_entropy)),
+}
+"""A control, and what takes its place."""
+
+
 class MeasuringTrainer(EntropyGRPOTrainer):
     """Keeps entropy and reward of every rollout and counts tokens, without a change to the training.
 
     Args:
-        gate: Which tokens ERC drops: its own, `"random"` as many but random ones, or `"away"` only those of its own
-            whose gradient moves the importance ratio further from 1.
+        gate: Which tokens ERC drops: its own, or those of one of `VARIANTS`.
         others: Of `EntropyGRPOTrainer`.
     """
 
@@ -85,10 +121,16 @@ class MeasuringTrainer(EntropyGRPOTrainer):
     wants_old_entropies = True
 
     def __init__(self, *args: Any, gate: str = "erc", **kwargs: Any) -> None:
-        self._gate = gate
         self.rollouts: dict[str, list[float]] = {"reward": [], "entropy": []}
         self.tokens = TokenCounts()
         super().__init__(*args, **kwargs)
+        self.take_variant(gate)
+
+    def take_variant(self, name: str) -> None:
+        """Put one of `VARIANTS` in the place of the control that it varies; another name changes nothing."""
+        if name in VARIANTS:
+            control, variant = VARIANTS[name]
+            self.active.controls = tuple(variant if one is control else one for one in self.active.controls)
 
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
         super().on_rollout(output, rewards)
@@ -115,19 +157,6 @@ class MeasuringTrainer(EntropyGRPOTrainer):
         advantages = (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)).expand_as(logps)
         self.tokens.add((logps - old_logps)[mask], advantages[mask], entropies[mask], old_entropies[mask])
 
-    def _shape_policy_gradient(self, call: LossCall) -> None:
-        own, old = call.entropies, call.inputs.get("old_entropies")
-        if self._gate == "random":
-            # pairs of entropies change places, so as many ratios are outside the bounds
-            order = call.mask.nonzero()[torch.randperm(int(call.mask.sum()))].unbind(1)
-            call.entropies, call.inputs["old_entropies"] = own.clone(), old.clone()
-            call.entropies[call.mask], call.inputs["old_entropies"][call.mask] = own[order], old[order]
-        elif self._gate == "away":
-            away = call.inputs["advantages"].unsqueeze(1) * (call.logps - call.inputs["old_per_token_logps"]) > 0
-            call.inputs["old_entropies"] = torch.where(away, old, own)
-        super()._shape_policy_gradient(call)
-        call.entropies = own
-
 
 class MeasuringAsyPPOTrainer(MeasuringTrainer, AsyPPOTrainer):
     """The same with critics, and with what AsyPPO is compared with.
@@ -139,19 +168,13 @@ class MeasuringAsyPPOTrainer(MeasuringTrainer, AsyPPOTrainer):
     """
 
     def __init__(self, *args: Any, shared_data: bool = False, mask_by: str = "value_std", **kwargs: Any) -> None:
-        self._shared_data, self._mask_by = shared_data, mask_by
+        self._shared_data = shared_data
         super().__init__(*args, **kwargs)
+        self.take_variant(mask_by)
 
-    def _set_advantages(self, output: dict[str, Any], values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-        targets = super()._set_advantages(output, values, rewards, mask)
-        if self._mask_by == "entropy":
-            fraction, entropies = self.args.advantage_mask_fraction, output["old_entropies"]
-            output["advantage_masked"] = lowest_fraction(entropies, mask, fraction, self._gather)
-        return targets
-
-    def _train_critics(self, ids: Tensor, attention: Tensor, mask: Tensor, targets: Tensor) -> dict[str, float]:
+    def train_critics(self, ids: Tensor, attention: Tensor, mask: Tensor, targets: Tensor) -> dict[str, float]:
         if not self._shared_data:
-            return super()._train_critics(ids, attention, mask, targets)
+            return super().train_critics(ids, attention, mask, targets)
         losses: dict[str, float] = {}
         for index in range(len(self.critics)):
             losses |= self.critics.train_on(
@@ -159,6 +182,6 @@ class MeasuringAsyPPOTrainer(MeasuringTrainer, AsyPPOTrainer):
                 critic_of_row=torch.full((len(ids),), index),
                 rows=torch.arange(len(ids)),
                 epochs=self.args.critic_num_epochs,
-                batch_size=self._critic_batch_size(),
+                batch_size=self.args.per_device_train_batch_size,
             )
         return losses

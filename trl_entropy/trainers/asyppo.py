@@ -122,7 +122,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         self._log_critics(values[:, :, :num_tokens], targets, mask)
         self._log_overlap(output, mask)
         if self.mode == "train":
-            losses = self._train_critics(ids, attention, mask, targets)
+            losses = self.train_critics(ids, attention, mask, targets)
             for name, value in losses.items():
                 self._metrics["train"][f"asyppo/{name}"].append(value)
 
@@ -155,7 +155,18 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         ended = torch.isin(last, last.new_tensor([self._tokenizer.eos_token_id, *eos])).squeeze(1)
         return (ends >= self.max_completion_length) & ~ended
 
-    def _train_critics(self, ids: Tensor, attention: Tensor, mask: Tensor, targets: Tensor) -> dict[str, float]:
+    def train_critics(self, ids: Tensor, attention: Tensor, mask: Tensor, targets: Tensor) -> dict[str, float]:
+        """Train each critic on its share of a rollout.
+
+        Args:
+            ids: Prompts and completions, `(B, P + T)`.
+            attention: Their attention mask, `(B, P + T)`.
+            mask: True for the tokens whose value is learnt, bool `(B, T)`.
+            targets: Of the values, `(B, T)`.
+
+        Returns:
+            The losses, by the metrics' names without their prefix.
+        """
         share, processes = len(ids), self.accelerator.num_processes
         groups = [self.num_generations] * (share * processes // self.num_generations)
         start = self.accelerator.process_index * share
