@@ -131,6 +131,7 @@ def test_shared_data_trains_every_critic_on_every_completion(small_start, tmp_pa
 
 def test_entropy_mask_has_the_tokens_of_lowest_entropy(small_start, tmp_path, monkeypatch):
     masks = {}
+
     def keep(self, output, rewards):
         on_rollout(self, output, rewards)
         masks[arm] = (output["advantage_masked"], output["old_entropies"], loss_mask(output))

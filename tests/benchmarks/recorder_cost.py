@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from step_overhead import ERC, OFF, SIZES, build_trainer, machine, make_rollout
+from step_overhead import ERC, OFF, SIZES, build_trainer, machine, make_rollout, switch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -66,8 +66,7 @@ def rollout(
 ) -> tuple[float, float]:
     """Seconds of the optimizer steps of one rollout, and those of them that the recorder took."""
     controls, tokens = arm
-    for name, value in {**CONTROLS[controls], "record_tokens": tokens}.items():
-        setattr(trainer.args, name, value)
+    switch(trainer, {**CONTROLS[controls], "record_tokens": tokens})
     trainer._recorder = trainer._make_recorder() if tokens else None
     if trainer._recorder is not None:
         trainer._recorder.start(0, Schedule(1, steps, RUN_STEPS))

@@ -118,7 +118,7 @@ def prepare(size: Size, device: str) -> tuple[EntropyGRPOTrainer, dict, torch.op
     trainer.model = trainer.accelerator.prepare(trainer.model)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    trainer.args.epo_coef = EPO_COEF
+    step_overhead.switch(trainer, {"epo_coef": EPO_COEF})
     # a learning rate of 0: every arm steps from the same weights, at the cost of a full optimizer step
     optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.0, weight_decay=0.0)
     trainer.on_rollout(batch, batch["rewards"])

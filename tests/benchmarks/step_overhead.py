@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from trl import GRPOTrainer
 
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
+from trl_entropy.controls import ActiveControls
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,19 @@ def reset_peak(on_gpu: bool) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def switch(trainer: GRPOTrainer, settings: dict[str, object], states: dict[str, object] = {}) -> None:  # noqa: B006
+    """Give a trainer other settings of its controls, which go on with what they remembered."""
+    for name, value in settings.items():
+        setattr(trainer.args, name, value)
+    trainer.active = ActiveControls.of(trainer.args)
+    trainer.active.states = {name: states.setdefault(name, state) for name, state in trainer.active.states.items()}
+
+
 def step(trainer: GRPOTrainer, arm: str, batch: dict, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
     """One optimizer step of an arm: seconds and peak bytes."""
     settings, on_gpu = ARMS[arm], trainer.accelerator.device.type == "cuda"
     trainer.__class__ = GRPOTrainer if settings is None else EntropyGRPOTrainer
-    for name, value in (settings or OFF).items():
-        setattr(trainer.args, name, value)
+    switch(trainer, settings or OFF)
     reset_peak(on_gpu)
     if on_gpu:
         torch.cuda.synchronize()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from ..controls import TokenMean, in_float32
+from ..controls import MicroBatch, TokenMean, in_float32
 from .masked_vocabulary import finite_logits
 from .resume import ExactResume
 
@@ -32,6 +32,7 @@ class LossCall:
         loss_logps: The same values as TRL's loss reads them: without a graph where a token is a constant to it.
         entropies: Entropies of the policy being trained, nats, `(B, T)`.
         bonus_entropies: The same values as entropy bonuses read them: without a graph where a token gets no bonus.
+        batch: What the controls read of it, where one is on.
         metrics: What the controls counted.
     """
 
@@ -42,6 +43,7 @@ class LossCall:
     loss_logps: Tensor = field(init=False)
     entropies: Tensor = field(init=False)
     bonus_entropies: Tensor = field(init=False)
+    batch: MicroBatch = field(init=False)
     metrics: dict[str, TokenMean] = field(default_factory=dict)
 
 

@@ -168,6 +168,8 @@ class EntropyGRPOTrainer(GRPOContact):
     def on_forward(self, call: LossCall) -> None:
         if "tool_mask" in call.inputs:
             self._token_means[self.mode].add(turn_entropies(call.entropies.detach(), call.mask))
+        if self.active.controls:
+            call.batch = self._micro_batch(call)
         if self.active.shape_tokens:
             self._shape_policy_gradient(call)
         elif self.active.controls:
@@ -202,7 +204,7 @@ class EntropyGRPOTrainer(GRPOContact):
         return micro_batch(tokens, call.entropies, old_entropies, self.importance_sampling_level, inputs)
 
     def _shape_policy_gradient(self, call: LossCall) -> None:
-        inputs, batch = call.inputs, self._micro_batch(call)
+        inputs, batch = call.inputs, call.batch
         self._keep_off_policy_mask(inputs, batch.tokens.old_logps)
         shaped, metrics = self.active.shape(batch, self._context())
         inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
@@ -228,7 +230,7 @@ class EntropyGRPOTrainer(GRPOContact):
     def added_loss(self, call: LossCall) -> Tensor | None:
         if not self.active.controls:
             return None
-        batch = replace(self._micro_batch(call), bonus_entropies=call.bonus_entropies)
+        batch = replace(call.batch, bonus_entropies=call.bonus_entropies)
         added, metrics = self.active.loss(batch, self._context(partial(self._per_window, call.inputs)))
         self._count(call, metrics)
         return added
