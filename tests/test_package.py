@@ -66,6 +66,20 @@ def test_imports_point_downwards() -> None:
             assert imported_layers(path) <= below, path
 
 
+def test_what_is_imported_is_required() -> None:
+    """Not left to what happens to come with another package."""
+    text = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    requirements = re.findall(r'"([\w.-]+)(?:\[\w+\])?(?:[<>=!~][^"]*)?"', text)
+    required = {name.lower().replace("-", "_").replace("pyyaml", "yaml") for name in requirements}
+    of_an_extra = {"latex2sympy2_extended", "sympy", "py4j", "textworld"}  # what its package is an interface to
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"trl_entropy", "vllm"}
+    assert packages - of_an_extra <= required
+
+
 def test_controls_import_torch_and_nothing_else() -> None:
     for path in (ROOT / "controls").glob("*.py"):
         for line in re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):

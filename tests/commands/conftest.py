@@ -1,6 +1,7 @@
 """A recipe for the tiny policy, and a trainer that must not be built."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def recipe(tmp_path: Path, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
     write_rows("gap.jsonl", [{"prompt": "1+1=" if i != 7 else None} for i in range(16)])
     write_rows("hole.jsonl", [{"prompt": chat[i]["prompt"] if i != 5 else []} for i in range(16)])
     write_rows("numbers.jsonl", [{"prompt": 12}] * 16)
+    shutil.copytree(tiny_model_path, "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    Path("pickled", "pytorch_model.bin").touch()
     Path("adapter").mkdir()
     Path("adapter", "adapter_config.json").write_text("{}", encoding="utf-8")
 

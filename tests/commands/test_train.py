@@ -273,6 +273,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], str]] = {
         [],
         "critics='adapter' is an adapter, and training",
     ),
+    "a critic with pickled weights": (
+        {"critics": "pickled"},
+        [],
+        "critics='pickled' has its weights only as pytorch_model.bin, and loading these can run code. If you trust",
+    ),
     "a critic that is not there": ({"critics": "./nowhere"}, [], "critics='./nowhere' cannot be loaded ("),
     "a reward model that is not there": (
         {"reward_funcs": None, "reward_model_name_or_path": "./nowhere"},

@@ -39,6 +39,18 @@ def test_saved_head_is_kept(make_critic, rollout, tmp_path):
     assert before.abs().max() > 0.01
 
 
+def test_pickled_weights_are_loaded_only_if_asked_for(make_critic, tmp_path):
+    critic = make_critic()
+    critic.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(critic.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"The critic '.*' has no weights as safetensors.*save_pretr") as refused:
+        load_critic(str(tmp_path))
+    assert "\n" not in str(refused.value)
+    again = load_critic(str(tmp_path), use_safetensors=False)
+    assert all(torch.equal(value, critic.state_dict()[name]) for name, value in again.state_dict().items())
+
+
 def test_a_value_belongs_to_a_state(make_critic, rollout):
     """`values[:, t]` is read off the token before completion token t, and does not see that token."""
     critic, ids = make_critic().eval(), rollout.input_ids

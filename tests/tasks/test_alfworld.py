@@ -143,6 +143,33 @@ def test_unknown_episode():
         rollout.pool.reset(["train/9/game.tw-pddl"])
 
 
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize(
+    "episode",
+    ["../secret/game.tw-pddl", "{root}/../secret/game.tw-pddl", "train/linked/game.tw-pddl", "train/pick/file.json"],
+)
+def test_an_episode_stays_in_the_folder_of_the_games(games, episode):
+    """Its name comes with the dataset. No `..`, absolute path or link leads out, nor to another file."""
+    (games.parent / "secret").mkdir()
+    (games.parent / "secret" / "game.tw-pddl").write_text(json.dumps({"solution": "stolen", "solvable": True}))
+    (games / "train" / "linked").mkdir()
+    (games / "train" / "linked" / "game.tw-pddl").symlink_to(games.parent / "secret" / "game.tw-pddl")
+    (games / "train" / "pick" / "file.json").write_text(json.dumps({"solution": "not a game"}))
+    with alfworld.build_rollout() as rollout, pytest.raises(ValueError, match=r"The episode '.*' is not a game in"):
+        rollout.pool.reset([episode.format(root=games)])
+    with pytest.raises(ValueError, match=r"The episode 'train/linked/game.tw-pddl' is not a game in"):
+        alfworld.load("train")
+
+
+def test_the_folder_of_the_games_may_be_a_link(games, packages, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "json_2.1.1").symlink_to(games)
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "elsewhere"))
+    assert len(alfworld.load("train")) == 3
+    with alfworld.build_rollout(num_simulators=1) as rollout:
+        assert rollout.pool.reset([EPISODE])[0].startswith("Welcome")
+
+
 def test_missing_games_name_the_download(tmp_path, monkeypatch):
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="Run alfworld-download, or set ALFWORLD_DATA"):

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,15 @@ def reward(completion: str, item: str) -> float:
 
 def answer_of(item: str) -> str:
     return reasoning_gym._entry(item)["answer"]
+
+
+def test_only_the_version_whose_graders_were_read_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some graders run answers as code: what `CHECKS` leaves to those of another version, nobody has read."""
+    requirements = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'gym = ["reasoning-gym=={reasoning_gym.AUDITED}"]' in requirements
+    monkeypatch.setattr(reasoning_gym, "version", lambda name: "0.1.26")
+    with pytest.raises(ImportError, match=r"reasoning-gym 0\.1\.26 is installed, and .* 0\.1\.25.*entropy\[gym\]'"):
+        load("train", name="gcd", size=2, test_size=2)
 
 
 def test_rows_and_their_reward() -> None:

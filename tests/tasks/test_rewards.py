@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,24 @@ def test_import_path_from_the_working_directory(tmp_path: Path, monkeypatch: pyt
     assert load_reward_func("rewards_of_mine.length")(completions=["abc"]) == [3.0]
 
 
+def test_a_file_in_the_working_directory_hides_no_installed_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a `json.py` in a folder that was downloaded, which everything imported later would run."""
+    installed = tmp_path / "installed"
+    for folder in (installed, tmp_path):
+        folder.mkdir(exist_ok=True)
+        for name in ("of_both", "imported_later"):
+            (folder / f"{name}.py").write_text(f"def length(**kwargs):\n    return {folder.name!r}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(installed), *(path for path in sys.path if path not in ("", "."))])
+    assert load_reward_func("of_both.length")() == "installed"
+    assert sys.path[-1] == str(tmp_path)
+    assert import_module("imported_later").length() == "installed"
+    with pytest.raises(ValueError, match=r"'of_both' \(.*installed.of_both\.py\) has no function 'width'"):
+        load_reward_func("of_both.width")
+
+
 def test_errors_name_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken_rewards.py").write_text("import no_such_package\n", encoding="utf-8")
@@ -41,7 +60,7 @@ def test_errors_name_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_reward_func("no_such_rewards.length")
     with pytest.raises(ImportError, match=r"cannot import 'broken_rewards' \(No module named 'no_such_package'\)"):
         load_reward_func("broken_rewards.length")
-    with pytest.raises(ValueError, match="'math' has no function 'lenght'"):
+    with pytest.raises(ValueError, match=r"'math'.* has no function 'lenght'"):
         load_reward_func("math.lenght")
 
 

@@ -70,14 +70,14 @@ def find_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint
     adapter, base = None, str(folder)
     if not (folder / "config.json").is_file():
         adapter, base = str(folder), _base_model(folder)
-    _require_safetensors(folder, adapter is not None)
+    require_safetensors("model", folder, adapter is not None)
     if adapter is None:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     else:
         config = _base_config(folder, base, trust_remote_code)
     fingerprint = _fingerprint(folder)
     if adapter is not None and Path(base).is_dir():
-        _require_safetensors(Path(base), False)
+        require_safetensors("model", Path(base), False)
         fingerprint += _fingerprint(Path(base))
     return Checkpoint(name, base, adapter, fingerprint, _context(config))
 
@@ -140,17 +140,27 @@ def _looks_like_a_folder(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _require_safetensors(folder: Path, is_adapter: bool) -> None:
-    """Refuse weights that are pickled, as loading them runs whatever code is in them."""
+def require_safetensors(field: str, folder: Path, is_adapter: bool = False) -> None:
+    """Refuse weights that are pickled, as loading them can run whatever code is in them.
+
+    Args:
+        field: What names the folder, for the error.
+        folder: Of a model.
+        is_adapter: Whether it is that of an adapter.
+
+    Raises:
+        FileNotFoundError: If it has no weights.
+        ValueError: If it has no others.
+    """
     safe = {path.name for path in folder.glob("*.safetensors")}
     if (ADAPTER_WEIGHTS in safe) if is_adapter else (safe - {ADAPTER_WEIGHTS}):
         return
     pickled = sorted(path.name for path in folder.glob("*model*.bin"))
     if not pickled:
-        raise FileNotFoundError(f"model={str(folder)!r} has no weights: no file that ends in .safetensors.")
+        raise FileNotFoundError(f"{field}={str(folder)!r} has no weights: no file that ends in .safetensors.")
     raise ValueError(
-        f"model={str(folder)!r} has its weights only as {', '.join(pickled)}, and loading these can run code. If you "
-        "trust their source, load the model with transformers and write it out again with save_pretrained, which "
+        f"{field}={str(folder)!r} has its weights only as {', '.join(pickled)}, and loading these can run code. If "
+        "you trust their source, load the model with transformers and write it out again with save_pretrained, which "
         "makes safetensors."
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from trl_entropy.commands.checkpoints import is_adapter
+from trl_entropy.commands.checkpoints import is_adapter, require_safetensors
 from trl_entropy.commands.train_arguments import TrainArguments
 from trl_entropy.tasks.templates import shown
 from trl_entropy.trainers import EntropyGRPOConfig
@@ -29,10 +29,11 @@ def load_tokenizer(policy: str, model: ModelConfig, config: EntropyGRPOConfig) -
 
 
 def check_models(script: TrainArguments, model: ModelConfig, config: EntropyGRPOConfig) -> None:
-    """Refuse a policy or critics that are adapters, and critics that are not there.
+    """Refuse a policy or critics that are adapters, and critics that are not there or have pickled weights.
 
     Raises:
         ValueError: Names the field.
+        FileNotFoundError: If a critic's folder has no weights.
     """
     critics = [name for name in script.critics or [] if name != "policy"]
     for field, name in [("model_name_or_path", model.model_name_or_path or ""), *(("critics", c) for c in critics)]:
@@ -44,6 +45,8 @@ def check_models(script: TrainArguments, model: ModelConfig, config: EntropyGRPO
             )
     for name in critics:
         _load(AutoConfig, "critics", name, None, config)
+        if Path(name).is_dir():
+            require_safetensors("critics", Path(name))
 
 
 def check_reward_model(script: TrainArguments, model: ModelConfig, config: EntropyGRPOConfig, prompt: Any) -> None:

@@ -50,14 +50,15 @@ def load_critic(
         gradient_checkpointing: Recompute activations in the backward pass.
         trust_remote_code: As in `from_pretrained`.
         vocab_size: Number of tokens that the policy's tokenizer knows.
-        **model_kwargs: Further arguments of `from_pretrained`, such as `attn_implementation`.
+        **model_kwargs: Further arguments of `from_pretrained`, such as `attn_implementation`. Weights are loaded from
+            safetensors alone, as pickled ones can run code; `use_safetensors=False` loads those.
 
     Returns:
         The critic, on the CPU if it was loaded here.
 
     Raises:
         ValueError: If a given model has no value head, or a classifier has several labels, if the embedding is smaller
-            than `vocab_size`, or if the adapter has dropout.
+            than `vocab_size`, if the adapter has dropout, or if there are no weights as safetensors.
     """
     critic: Any
     if isinstance(model, str):
@@ -160,15 +161,17 @@ def _from_pretrained(
         _disable_config_dropout(part)
     pooled = kind.endswith(SEQUENCE_CLASSIFIER)
     auto = AutoModelForSequenceClassification if pooled else AutoModelForTokenClassification
-    with _whole_on_every_process():
-        critic, info = auto.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype or torch.float32,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **model_kwargs,
-        )
+    arguments = {"dtype": dtype or torch.float32, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    try:
+        with _whole_on_every_process():
+            critic, info = auto.from_pretrained(
+                path, config=config, output_loading_info=True, **{**arguments, **model_kwargs}
+            )
+    except OSError as error:
+        raise ValueError(
+            f"The critic {path!r} has no weights as safetensors ({' '.join(str(error).split())}). If you trust their "
+            "source, load the model with transformers and write it out again with save_pretrained, which makes them."
+        ) from error
     for name, value in critic.named_parameters():
         if name in info["missing_keys"] and not name.startswith(f"{critic.base_model_prefix}."):
             nn.init.zeros_(value)

@@ -61,14 +61,15 @@ def load(split: str, size: int | None = None) -> Dataset:
         Column `prompt`: chat messages, the last of which names the episode, the path of its game in `data_dir()`.
 
     Raises:
-        ValueError: If the split is unknown, or `size` is not in 1..number of episodes.
+        ValueError: If the split is unknown, `size` is not in 1..number of episodes, or a game is a link to elsewhere.
         FileNotFoundError: If the games have not been downloaded.
     """
     if split not in FOLDERS:
         raise ValueError(f"split={split!r} is unknown. Choose one of {', '.join(FOLDERS)}.")
     root = data_dir()
     games = sorted((root / FOLDERS[split]).rglob(GAME_FILE))
-    names = [game.relative_to(root).as_posix() for game in games if _is_used(game)]
+    names = [game.relative_to(root).as_posix() for game in games]
+    names = [name for name in names if _is_used(_game_file(name))]
     if not names:
         raise FileNotFoundError(f"There is no game in {root / FOLDERS[split]}. Run alfworld-download -f.")
     random.Random(ORDER_SEED).shuffle(names)
@@ -76,6 +77,23 @@ def load(split: str, size: int | None = None) -> Dataset:
         raise ValueError(f"size={size} is out of range. Set it to 1..{len(names)} or leave it out.")
     prompts = [[{"role": "user", "content": INSTRUCTIONS, "episode": name}] for name in names[:size]]
     return Dataset.from_dict({"prompt": prompts})
+
+
+def _game_file(episode: str) -> Path:
+    """The game of an episode. Its name may come from anybody's dataset, so it must not lead out of the folder.
+
+    Raises:
+        ValueError: If there is no such game.
+    """
+    root = data_dir()
+    path = root / episode
+    inside = path.resolve().is_relative_to(root.resolve())
+    if not inside or path.name != GAME_FILE or not path.is_file():
+        raise ValueError(
+            f"The episode {episode!r} is not a game in {root}. Take the episodes of `load`; to have the games "
+            "elsewhere, set ALFWORLD_DATA."
+        )
+    return path
 
 
 def _is_used(game: Path) -> bool:
@@ -101,10 +119,7 @@ class AlfWorld:
         self._game = next(self._numbers)
 
     def reset(self, episode: str) -> str:
-        path = data_dir() / episode
-        if not path.is_file():
-            raise ValueError(f"The episode {episode!r} is not a game in {data_dir()}: see `load`.")
-        return self._observation(self._process.call({"game": self._game, "path": str(path)}))
+        return self._observation(self._process.call({"game": self._game, "path": str(_game_file(episode))}))
 
     def step(self, action: str) -> Step:
         state = self._process.call({"game": self._game, "action": tagged_action(action).lower()})

@@ -2,8 +2,8 @@
 
 Each has a grader of its own, which many tasks need because they have more than one right answer. The graders give a
 score in 0..1; here the reward is 1 for a full score and 0 for anything less, as some give part of it to any answer.
-Some of version 0.1.25's graders give a full score to wrong answers, or run the answer as Python code; `CHECKS` holds
-what an answer to their tasks has to pass before a grader sees it.
+Some graders give a full score to wrong answers, or run the answer as Python code; `CHECKS` holds what an answer to
+their tasks has to pass before a grader sees it. It was made for the version `AUDITED`, and no other one is used.
 """
 
 import json
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any
 
 from datasets import Dataset
@@ -22,6 +23,8 @@ from datasets import Dataset
 from trl_entropy.tasks import Task
 from trl_entropy.tasks.reasoning_gym_checks import CHECKS
 
+AUDITED = "0.1.25"
+"""The release of reasoning-gym whose graders were read, all of them."""
 ANSWER_INSTRUCTION = "Put your final answer, and nothing else, between <answer> and </answer>."
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 MAX_SEED = 2**30
@@ -67,7 +70,7 @@ def load(
         Columns `prompt` and `item` (what the reward needs to find the problem again).
 
     Raises:
-        ImportError: If reasoning-gym is not installed.
+        ImportError: If reasoning-gym is not installed, or in another version than `AUDITED`.
         ValueError: If an argument is out of range, the name or a field of `config` is unknown, or no problem is left.
     """
     if split not in ("train", "test"):
@@ -205,6 +208,11 @@ def _factory() -> Any:
         from reasoning_gym import factory
     except ImportError as error:
         raise ImportError("The task reasoning_gym needs its package: pip install 'trl_entropy[gym]'.") from error
+    if version("reasoning-gym") != AUDITED:
+        raise ImportError(
+            f"reasoning-gym {version('reasoning-gym')} is installed, and its graders, of which some run answers as "
+            f"code, are known for {AUDITED} alone: pip install 'trl_entropy[gym]'."
+        )
     return factory
 
 

@@ -1,4 +1,4 @@
-"""What answers to some of reasoning-gym's tasks must pass before its graders (version 0.1.25) see them."""
+"""What answers to some of reasoning-gym's tasks must pass before its graders see them; see `AUDITED` there."""
 
 import ast
 import re

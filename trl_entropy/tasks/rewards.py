@@ -42,7 +42,7 @@ MESSAGE_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format
 def load_reward_func(name: str) -> Callable[..., Any]:
     """A reward function by its name in `NAMED_REWARDS` or by its import path, `package.module.function`.
 
-    Modules in the working directory can be imported.
+    Modules in the working directory can be imported, unless installed ones have their names: that folder is last.
 
     Raises:
         ValueError: If `name` is neither, or leads to no function. The name of a reward model is none of them.
@@ -62,7 +62,7 @@ def load_reward_func(name: str) -> Callable[..., Any]:
             "reasoning_maths_reward, nor an import path such as 'my_rewards.length_reward'."
         )
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         module = import_module(module_name)
     except ImportError as error:
@@ -71,7 +71,9 @@ def load_reward_func(name: str) -> Callable[..., Any]:
         ) from error
     func = getattr(module, attribute, None)
     if not callable(func):
-        raise ValueError(f"reward_funcs={name!r}: {module_name!r} has no function {attribute!r}. Correct the name.")
+        where = getattr(module, "__file__", None)
+        found = f"{module_name!r} ({where})" if where else repr(module_name)
+        raise ValueError(f"reward_funcs={name!r}: {found} has no function {attribute!r}. Correct the name.")
     if inspect.isclass(func):
         raise ValueError(f"reward_funcs={name!r} is a class. Name an instance of it, or a function.")
     return func
