@@ -64,7 +64,7 @@ def test_other_names_stay_as_they_are(name: str, conversions: list[Path]) -> Non
 
 def test_made_once(cache: Path, conversions: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert resolve_model(SMOLLM2) == resolve_model(SMOLLM2) == str(cache / SMOLLM2)
-    assert conversions == [cache / f"{SMOLLM2}.partial"]
+    assert conversions == [cache / f"{SMOLLM2}.part"]
     assert_whole(cache)
     assert capsys.readouterr().err.startswith("Converting model.gguf into ")
 
@@ -119,13 +119,13 @@ def test_killed_in_the_middle(tmp_path: Path, cache: Path, source: Path, convers
     assert_whole(cache)
 
 
-@pytest.mark.parametrize("renamed", [0, 1])
+@pytest.mark.parametrize("renamed", [0, 1, 2])
 def test_stopped_while_a_new_folder_takes_the_place_of_a_damaged_one(
     renamed: int, cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve_model(SMOLLM2)
     (cache / SMOLLM2 / "tokenizer.json").unlink()
-    rename, seen = os.rename, []
+    rename, seen = os.replace, []
 
     def rename_some(here: Path, there: Path) -> None:
         if len(seen) == renamed:
@@ -134,7 +134,7 @@ def test_stopped_while_a_new_folder_takes_the_place_of_a_damaged_one(
         rename(here, there)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", rename_some)
+        patch.setattr(os, "replace", rename_some)
         with pytest.raises(KeyboardInterrupt):
             resolve_model(SMOLLM2)
     resolve_model(SMOLLM2)

@@ -5,13 +5,13 @@ of that package is imported, so that what it requires (a compiled llama.cpp) nee
 """
 
 import json
-import os
-import shutil
 import sys
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from trl_entropy.files import whole_folder, write_json
 
 SMOLLM2 = "smollm2-135m"
 """Stands for SmolLM2-135M-Instruct (Llama architecture, 134.5M parameters, 49,152 tokens) where a model is named."""
@@ -82,18 +82,10 @@ def _is_intact(folder: Path, made_from: str | None) -> bool:
 def _make(folder: Path, source: Path, made_from: str) -> None:
     """Fill a folder beside `folder` and put it in its place, with the lock held."""
     print(f"Converting {source.name} into {folder} (once, about half a minute)", file=sys.stderr, flush=True)
-    partial, replaced = (folder.with_name(f"{SMOLLM2}.{part}") for part in ("partial", "replaced"))
-    for leftover in (partial, replaced):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
-    _convert(source, partial)
-    digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
-    contents = {"made_from": made_from, "files": digests}
-    (partial / _CONTENTS).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        os.rename(folder, replaced)
-    os.rename(partial, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with whole_folder(folder) as part:
+        _convert(source, part)
+        digests = {file.name: _digest(file) for file in sorted(part.iterdir())}
+        write_json(part / _CONTENTS, {"made_from": made_from, "files": digests})
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -1,8 +1,11 @@
 """A recipe for the tiny policy, and a trainer that must not be built."""
 
+import io
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,18 @@ def first_character_reward(completions: list[str], **kwargs: object) -> list[flo
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> None:
     Path(name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+@contextmanager
+def full_disk(largest_file: int) -> Iterator[None]:
+    """Within this context no file can grow beyond so many bytes, and what is printed goes nowhere."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 WriteRecipe = Callable[..., list[str]]

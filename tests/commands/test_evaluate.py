@@ -14,6 +14,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 import trl_entropy
+from tests.commands.conftest import full_disk
 from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.commands import evaluate as command
 from trl_entropy.commands import train
@@ -144,6 +145,22 @@ def test_killed_and_run_again_it_ends_like_an_uninterrupted_run(workplace: Path,
     assert path.read_bytes().startswith(kept)
     assert sorted(drawn) == sorted(all_seeds[num_kept:])
     assert samples() == samples("whole")
+
+
+@pytest.mark.parametrize("largest_file", [800, 1500, 2600])
+def test_a_full_disk_is_one_line_and_finished_samples_stay(workplace: Path, largest_file: int) -> None:
+    """There is no room for the second sample, for a later one, or for `results.json`."""
+    expected = run("--batch_size", "1", out="whole")
+    path = Path("out", "samples", "m", "rows.jsonl")
+    with full_disk(largest_file), pytest.raises(SystemExit) as stopped:
+        run("--batch_size", "1")
+    assert str(stopped.value).startswith("trl-entropy eval: error: a file could not be written (")
+    assert str(stopped.value).endswith("Make room, and run it again: finished samples are kept.")
+    assert "\n" not in str(stopped.value)
+    kept = path.read_bytes().rpartition(b"\n")[0]
+    assert not Path("out", "results.json").exists()
+    assert run("--batch_size", "1") == expected
+    assert path.read_bytes().startswith(kept)
 
 
 def test_a_finished_evaluation_loads_no_model(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

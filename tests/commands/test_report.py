@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands.conftest import full_disk
 from tests.telemetry.made_record import write_record
 from trl_entropy.commands.report import main
 from trl_entropy.telemetry import figures
@@ -45,6 +46,20 @@ def test_output_is_where_it_is_asked_for(run_folder: Path, tmp_path: Path) -> No
 def test_wrong_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"trl-entropy report: error: .*none holds no run"):
         main([str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("largest_file", [4_000, 20_000])
+def test_a_full_disk_is_one_line_and_the_last_page_stays(run_folder: Path, largest_file: int) -> None:
+    """There is no room for a figure, or for the page."""
+    page = run_folder / "report.html"
+    page.write_text("the last one", encoding="utf-8")
+    with full_disk(largest_file), pytest.raises(SystemExit) as stopped:
+        main([str(run_folder)])
+    assert str(stopped.value).startswith("trl-entropy report: error: a file could not be written (")
+    assert page.read_text(encoding="utf-8") == "the last one"
+    main([str(run_folder)])
+    assert "<h1>run</h1>" in page.read_text(encoding="utf-8")
+    assert not list(run_folder.rglob("*.part"))
 
 
 def test_recorded_tokens_are_shown(run_folder: Path) -> None:

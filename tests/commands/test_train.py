@@ -18,10 +18,11 @@ import trl
 from packaging.version import Version
 from safetensors.torch import load_file
 
-from tests.commands.conftest import WriteRecipe
+from tests.commands.conftest import WriteRecipe, full_disk
 from trl_entropy import pretrained
 from trl_entropy.commands import train
 from trl_entropy.tasks import arithmetic
+from trl_entropy.trainers.resume import last_complete_checkpoint
 
 
 def log_history(run: str = "run") -> list[dict[str, float]]:
@@ -133,6 +134,51 @@ def test_killed_on_a_procedural_task_it_goes_on_where_it_was(recipe: WriteRecipe
     whole, killed = (load_file(Path(folder, "model.safetensors")) for folder in ("whole", "killed"))
     for name in whole:
         assert torch.equal(whole[name], killed[name]), name
+
+
+FULL: dict[str, tuple[dict[str, Any], int]] = {
+    "the record": ({"record_tokens": 256}, 6_000),
+    "the critics' weights": ({"critics": "policy"}, 15_000),
+    "the critics' state": ({"critics": "policy"}, 50_000),
+    "the rollout": ({}, 15_000),
+    "the weights": ({}, 25_000),
+    "the optimizer": ({}, 50_000),
+}
+"""What there is no room for at the second checkpoint: fields, and the largest size of a file, bytes."""
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(
+    name: str, recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # no report, which would take most of the time
+    fields, largest_file = FULL[name]
+    argv = recipe(**fields, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+    argv += ["--resume_from_checkpoint", "auto"]
+    train.main([*argv, "--output_dir", "whole"])
+    train.main([*argv, "--max_steps", "2"])
+    before = {path: path.read_bytes() for path in Path("run/checkpoint-2").rglob("*") if path.is_file()}
+    with full_disk(largest_file), pytest.raises(SystemExit) as stopped:
+        train.main(argv)
+    message = str(stopped.value)
+    assert message.startswith("trl-entropy train: error: a file could not be written (")
+    assert message.endswith("Make room, and go on with resume_from_checkpoint=auto: the last checkpoint is whole.")
+    assert "\n" not in message
+    assert last_complete_checkpoint("run") == "run/checkpoint-2"
+    assert before == {path: path.read_bytes() for path in Path("run/checkpoint-2").rglob("*") if path.is_file()}
+    train.main(argv)
+    whole, stopped_run = (load_file(Path(folder, "model.safetensors")) for folder in ("whole", "run"))
+    for weight in whole:
+        assert torch.equal(whole[weight], stopped_run[weight]), weight
+    assert not list(Path("run").rglob("*.part"))
+
+
+def test_no_room_for_the_rows(recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` has an error of its own for it, of which the full disk is the cause."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("cache"))
+    argv = [*recipe(), "--dataset_name", "empty.jsonl"]
+    with full_disk(200), pytest.raises(SystemExit, match=r"^trl-entropy train: error: a file could not be written \("):
+        train.main(argv)
 
 
 def test_lora(recipe: WriteRecipe) -> None:

@@ -22,8 +22,10 @@ from tqdm import tqdm
 from trl import TrlParser
 
 from trl_entropy.commands.checkpoints import Checkpoint, find_checkpoint, load_tokenizer
+from trl_entropy.commands.disk import one_line_if_full
 from trl_entropy.commands.engines import Engine, Sampling, TransformersEngine, VLLMEngine
 from trl_entropy.commands.suites import RewardError, Suite, grade, load_suites
+from trl_entropy.files import write_text
 from trl_entropy.tasks.benchmarks import BENCHMARKS
 from trl_entropy.tasks.templates import TEMPLATES, add_instruction, paragraphs, render, reply, template_of
 from trl_entropy.telemetry.results import compare, summarise, table
@@ -283,8 +285,8 @@ def evaluate(arguments: EvaluateArguments, prepared: list[tuple[Checkpoint, list
                 result["difference"] = compare(result, next(iter(by_model.values())), arguments.seed)
             by_model[checkpoint.name] = result
     report = {"settings": asdict(arguments), "results": results}
-    _write(Path(arguments.output_dir, "results.json"), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    _write(Path(arguments.output_dir, "results.md"), table(results) + "\n")
+    write_text(Path(arguments.output_dir, "results.json"), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(Path(arguments.output_dir, "results.md"), table(results) + "\n")
     return report
 
 
@@ -297,15 +299,16 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: With a one-line message if the arguments are wrong, or what a reward function returns is.
     """
-    try:
-        arguments = parse(argv)
-        prepared = prepare(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"trl-entropy eval: error: {error}") from error
-    try:
-        results = evaluate(arguments, prepared)["results"]
-    except RewardError as error:
-        raise SystemExit(f"trl-entropy eval: error: {error}") from error
+    with one_line_if_full("eval", "and run it again: finished samples are kept."):
+        try:
+            arguments = parse(argv)
+            prepared = prepare(arguments)
+        except (ValueError, OSError, ImportError) as error:
+            raise SystemExit(f"trl-entropy eval: error: {error}") from error
+        try:
+            results = evaluate(arguments, prepared)["results"]
+        except RewardError as error:
+            raise SystemExit(f"trl-entropy eval: error: {error}") from error
     print(table(results))
     print(f"Means over problems in per cent, with 95 % intervals. Written to {arguments.output_dir}.")
 
@@ -354,14 +357,6 @@ def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | 
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{name}={value!r} is not a mapping. Give one, such as '{{\"size\": 100}}'.")
     return value
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

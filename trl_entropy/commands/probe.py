@@ -6,7 +6,6 @@ probe computes what that run would.
 
 import argparse
 import gc
-import json
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -17,8 +16,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from trl_entropy.commands.disk import one_line_if_full
 from trl_entropy.commands.train import Run, open_trainer, prepare
 from trl_entropy.commands.train_rows import check_number_of_rows
+from trl_entropy.files import write_json
 from trl_entropy.telemetry.rounding import Gates, Measurement, summarise
 from trl_entropy.telemetry.rounding_report import advice, draw_rounding, tables
 from trl_entropy.trainers.probe import RoundingProbe, alternating_reward, probe_config
@@ -144,14 +145,20 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: With a one-line message if the arguments are wrong.
     """
-    try:
-        probe = prepare_probe(argv)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"trl-entropy probe: error: {error}") from error
+    with one_line_if_full("probe", "and run it again."):
+        try:
+            probe = prepare_probe(argv)
+        except (ValueError, OSError, ImportError) as error:
+            raise SystemExit(f"trl-entropy probe: error: {error}") from error
+        _measure_and_write(probe)
+    gc.collect()
+    PartialState().destroy_process_group()
+
+
+def _measure_and_write(probe: Probe) -> None:
     summary = summary_of(probe, *measure(probe))
     folder = Path(probe.run.config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "probe.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "probe.json", summary)
     print(tables(summary))
     print("\n" + "\n".join(summary["advice"]))
     try:
@@ -159,8 +166,6 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         print(f"No figure: {error}", file=sys.stderr)
     print(f"Results: {folder / 'probe.json'}")
-    gc.collect()
-    PartialState().destroy_process_group()
 
 
 def _progress(what: str) -> None:

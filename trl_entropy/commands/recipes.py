@@ -4,6 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from trl_entropy.files import whole_file
 from trl_entropy.recipes import recipe_names, recipe_path
 
 
@@ -38,8 +39,8 @@ def copy(name: str, destination: str | None = None, force: bool = False) -> Path
     target = target / source.name if target.is_dir() else target
     if target.exists() and not force:
         raise FileExistsError(f"{str(target)!r} exists. Name another destination, or overwrite it with --force.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    with whole_file(target) as part:
+        shutil.copyfile(source, part)
     return target
 
 

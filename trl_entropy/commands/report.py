@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from trl_entropy.commands.disk import one_line_if_full
 from trl_entropy.telemetry.report import write_report
 
 
@@ -21,7 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     folder = arguments.runs[0] if len(arguments.runs) == 1 else "."
     try:
-        page = write_report(arguments.runs, arguments.output or Path(folder, "report.html"))
+        with one_line_if_full("report", "and run it again."):
+            page = write_report(arguments.runs, arguments.output or Path(folder, "report.html"))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"trl-entropy report: error: {error}") from error
     print(page)

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from transformers import set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from trl_entropy.commands.disk import one_line_if_full
 from trl_entropy.commands.train_arguments import TrainArguments, parse
 from trl_entropy.commands.train_models import check_models, check_reward_model, load_tokenizer
 from trl_entropy.commands.train_rows import check_number_of_rows, check_prompts, check_rewards, row_loader
@@ -192,11 +193,12 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: With a one-line message if the arguments are wrong.
     """
-    try:
-        run = prepare(argv)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"trl-entropy train: error: {error}") from error
-    train(run)
+    with one_line_if_full("train", "and go on with resume_from_checkpoint=auto: the last checkpoint is whole."):
+        try:
+            run = prepare(argv)
+        except (ValueError, OSError, ImportError) as error:
+            raise SystemExit(f"trl-entropy train: error: {error}") from error
+        train(run)
     # The trainer's DDP wrapper must go first: freed after the process group, it can wait for it forever (gloo).
     gc.collect()
     PartialState().destroy_process_group()

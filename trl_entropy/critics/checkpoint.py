@@ -1,13 +1,14 @@
 """The critics' folder: weights that `from_pretrained` loads, and what an exact resume needs."""
 
 import os
-import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..files import restore_folder, whole_folder
 from .optimizer import CriticOptimizer
 from .processes import gathered, process_rank, wait_for_all
 
@@ -24,21 +25,15 @@ def write_critics(
     former and nothing else.
     """
     target = Path(folder)
-    part = target.with_name(f"{target.name}.part")
-    if process_rank() == 0:
-        _restore(target)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    for index, (critic, optimizer) in enumerate(zip(critics, optimizers, strict=True)):
-        weights = gathered(critic.state_dict())
-        if process_rank() == 0:
-            critic.save_pretrained(part / f"critic_{index}", state_dict=weights)
-        del weights
-        state = optimizer.state_dict() | {"generator": generator.get_state()}
-        if process_rank() == 0:
-            torch.save(state, part / f"state_{index}.pt")
-    if process_rank() == 0:
-        _replace(part, target)
+    with whole_folder(target) if process_rank() == 0 else nullcontext() as part:
+        for index, (critic, optimizer) in enumerate(zip(critics, optimizers, strict=True)):
+            weights = gathered(critic.state_dict())
+            if part is not None:
+                critic.save_pretrained(part / f"critic_{index}", state_dict=weights)
+            del weights
+            state = optimizer.state_dict() | {"generator": generator.get_state()}
+            if part is not None:
+                torch.save(state, part / f"state_{index}.pt")
     wait_for_all()
 
 
@@ -53,7 +48,7 @@ def read_critics(
     """
     target = Path(folder)
     if process_rank() == 0:
-        _restore(target)
+        restore_folder(target)
     wait_for_all()
     if not target.is_dir():
         raise FileNotFoundError(f"{target} does not exist: the critics were not saved there.")
@@ -65,23 +60,3 @@ def read_critics(
         state = torch.load(target / f"state_{index}.pt", map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(state)
         generator.set_state(state["generator"])
-
-
-def _former(target: Path) -> Path:
-    return target.with_name(f"{target.name}.old")
-
-
-def _replace(part: Path, target: Path) -> None:
-    """Put a complete folder in the place of the former one."""
-    former = _former(target)
-    shutil.rmtree(former, ignore_errors=True)
-    if target.exists():
-        os.replace(target, former)
-    os.replace(part, target)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def _restore(target: Path) -> None:
-    """Undo a replacement that was cut off between its two renames."""
-    if not target.exists() and _former(target).exists():
-        os.replace(_former(target), target)

@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..controls.health import MIN_ENTRIES, Finding
+from ..files import write_text
 from .completions import MARKS, Completion, completions_of
 from .diagnosis import diagnose
 from .figures import FIGURES, draw, require_plots
@@ -71,7 +72,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str |
             figures.append(DrawnFigure(figure.name, figure.title, Markup(svg), figure.reading))
     title = title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared")
     page = _render(title, runs, figures, _token_page(runs, figure_folder), figure_folder.name)
-    output.write_text(page, encoding="utf-8")
+    write_text(output, page)
     return output
 
 

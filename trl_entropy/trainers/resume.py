@@ -16,6 +16,8 @@ from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
+from ..files import whole_file
+
 ROLLOUT_SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -134,8 +136,8 @@ class ExactResume(GRPOTrainer):
             "buffered_inputs": self._buffered_inputs if in_use else None,
             "controls": self.control_state(),
         }
-        torch.save(state, path + ".part")
-        os.replace(path + ".part", path)
+        with whole_file(path) as part:
+            torch.save(state, part)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -1,0 +1,29 @@
+"""What the commands say when there is no room left for what they write."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trl_entropy.files import is_full
+
+
+@contextmanager
+def one_line_if_full(command: str, remedy: str) -> Iterator[None]:
+    """End the command with one line if its block finds the disk full.
+
+    Args:
+        command: Its name.
+        remedy: What to do when there is room again.
+
+    Raises:
+        SystemExit: In place of such an error; any other is raised as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise SystemExit(
+            f"trl-entropy {command}: error: a file could not be written ({reason}): the disk is full, or a limit on "
+            f"space or file size is reached. Make room, {remedy}"
+        ) from error
