@@ -28,6 +28,12 @@ def old(tmp_path: Path) -> Path:
     return file
 
 
+def stop(part: Path, error: BaseException) -> None:
+    """Write a part of what was to be written, and fail."""
+    part.write_text("ne", encoding="utf-8")
+    raise error
+
+
 def only(path: Path) -> bool:
     """Whether nothing else is in its folder."""
     return list(path.parent.iterdir()) == [path]
@@ -44,8 +50,7 @@ def test_a_file_is_replaced_and_nothing_is_left(old: Path) -> None:
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("wrong"), KeyboardInterrupt()])
 def test_a_block_that_raises_leaves_what_was_there(old: Path, error: BaseException) -> None:
     with pytest.raises(type(error)), whole_file(old) as part:
-        part.write_text("ne", encoding="utf-8")
-        raise error
+        stop(part, error)
     assert old.read_text(encoding="utf-8") == "old"
     assert only(old)
 
@@ -98,8 +103,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
             (part / name).touch()
         assert [path.name for path in folder.iterdir()] == [name]
     with pytest.raises(ValueError, match="wrong"), whole_folder(folder) as part:
-        (part / "third").touch()
-        raise ValueError("wrong")
+        stop(part / "third", ValueError("wrong"))
     assert [path.name for path in folder.iterdir()] == ["second"]
     assert only(folder)
 
@@ -118,6 +122,10 @@ def test_a_replacement_that_was_cut_off_is_undone(tmp_path: Path, monkeypatch: p
         with pytest.raises(KeyboardInterrupt), whole_folder(folder) as part:
             (part / "new").touch()
     assert not folder.exists()
+    with pytest.raises(ValueError, match="wrong"), whole_folder(folder) as part:
+        stop(part / "new", ValueError("wrong"))
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    os.replace(folder, tmp_path / "folder.old")
     restore_folder(folder)
     assert [path.name for path in folder.iterdir()] == ["old"]
     with whole_folder(folder) as part:
@@ -167,13 +175,9 @@ def test_other_errors_are_no_full_disk(tmp_path: Path) -> None:
         torch.load(broken)
     others = [unreadable.value, FileNotFoundError(errno.ENOENT, "none"), OSError("no"), RuntimeError("out of memory")]
     assert not any(map(is_full, others))
-    try:
-        try:
-            raise OSError(errno.EDQUOT, "quota")
-        except OSError as error:
-            raise RuntimeError("while saving") from error
-    except RuntimeError as error:
-        assert is_full(error)
+    saving = RuntimeError("while saving")
+    saving.__cause__ = OSError(errno.EDQUOT, "quota")
+    assert is_full(saving)
 
 
 def test_killed_at_any_moment_a_file_is_one_of_the_two(old: Path) -> None:
