@@ -46,6 +46,21 @@ def test_resume_equals_an_uninterrupted_run(make_trainer, tmp_path, tiny_dataset
     assert again == logged(whole, "reward")
 
 
+@pytest.mark.parametrize("max_steps", [3, 2])
+def test_resumed_from_its_end_a_run_takes_no_more_steps(make_trainer, tmp_path, max_steps):
+    """As a job that is started again after it has finished. transformers would take a fourth step."""
+    settings = {"save_strategy": "steps", "save_steps": 3, **ALL_CONTROLS}
+    whole = make_trainer(tmp_path / "run", max_steps=3, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "run", max_steps=max_steps, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert resumed.state.global_step == 3
+    assert_same_weights(weights(resumed), weights(whole))
+    again = make_trainer(tmp_path / "run", max_steps=4, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
 def test_a_checkpoint_of_plain_trl_can_be_resumed(make_trainer, tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     make_trainer(tmp_path / "run", trainer_class=GRPOTrainer, config_class=GRPOConfig, **settings).train()

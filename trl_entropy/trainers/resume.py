@@ -64,16 +64,22 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 
 def _is_complete(checkpoint: str) -> bool:
     try:
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-            return "global_step" in json.load(file)
-    except (OSError, ValueError):
+        _steps_of(checkpoint)
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _steps_of(checkpoint: str | os.PathLike[str]) -> int:
+    with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+        return json.load(file)["global_step"]
 
 
 class ExactResume(GRPOTrainer):
     """`trl.GRPOTrainer` whose checkpoints also hold the rollout in use and what the controls need."""
 
     _train_sampler: Any = None
+    _steps_before: int = 0
 
     def rollout_settings(self) -> dict[str, str]:
         """What the rollout in use depends on; resumed with another value of any of it, the rollout is made anew."""
@@ -101,7 +107,15 @@ class ExactResume(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        self._steps_before = _steps_of(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else 0
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """A run that is resumed from its last step has no epoch left; transformers would take one step more."""
+        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
+        if self._steps_before >= max_steps:
+            epochs = min(epochs, self._steps_before // steps_per_epoch)
+        return epochs, steps_per_epoch, *others, max_steps
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
@@ -145,8 +159,7 @@ class ExactResume(GRPOTrainer):
             return
         self.load_controls(checkpoint)
         # `self.state` may be that of a new run: transformers 4 reads the checkpoint's after this
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-            epochs, self._step = self._position(json.load(file)["global_step"])
+        epochs, self._step = self._position(_steps_of(checkpoint))
         self._advance_train_sampler(epochs)
         self._resume_rollout(checkpoint)
 
