@@ -19,7 +19,17 @@ ONLY_TRITON = ("1.15.0",)
 ON_REAL_MODEL = [f"tests/real_model/test_{name}.py" for name in ("ppo", "no_control")]
 CONTACT_TESTS = [
     f"tests/trainers/test_{name}.py"
-    for name in ("contact", "grpo", "resume", "epo", "model_gradients", "masked_vocabulary", "liger", "rounding")
+    for name in (
+        "contact",
+        "contact_table",
+        "grpo",
+        "resume",
+        "epo",
+        "model_gradients",
+        "masked_vocabulary",
+        "liger",
+        "rounding",
+    )
 ]
 
 nox.options.default_venv_backend = "venv"

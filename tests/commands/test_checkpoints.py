@@ -117,6 +117,13 @@ def test_a_name_on_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatc
     assert asked == {"name": "org/name", "trust_remote_code": False}
 
 
+def test_a_name_on_the_hub_whose_revision_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of two revisions would be taken for samples of one model."""
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **kwargs: AutoConfig.for_model("qwen2"))
+    with pytest.raises(ValueError, match=r"model='org/name' was read from the hub, and .* revision\. Download it"):
+        find_checkpoint("org/name")
+
+
 def test_code_of_a_repository_is_not_run_unless_asked_for(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}

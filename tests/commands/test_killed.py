@@ -34,7 +34,18 @@ def evaluate(recipe: WriteRecipe, tiny_model_path: str) -> list[str]:
     recipe()
     rows = [{"problem": "+".join("12345678"[: i + 1]) + "=", "answer": str(i)} for i in range(8)]
     Path("problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    sampling = ["--temperature", "1.0", "--max_new_tokens", "20", "--n", "4", "--batch_size", "1", "--template", "none"]
+    sampling = [
+        "--temperature",
+        "1.0",
+        "--max_new_tokens",
+        "20",
+        "--n",
+        "4",
+        "--batch_size",
+        "1",
+        "--template",
+        "none",
+    ]
     graded = ["--dataset_file", "problems.jsonl", "--reward_funcs", "tests.commands.test_killed.odd_length_reward"]
     model = ["--model", tiny_model_path, "--backend", "transformers"]
     return [*model, *graded, *sampling, "--output_dir", "{}"]

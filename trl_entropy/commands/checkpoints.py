@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from trl_entropy.pretrained import resolve_base_model, resolve_model
@@ -66,7 +67,7 @@ def find_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint
         if _looks_like_a_folder(name):
             raise FileNotFoundError(f"model={name!r} is not a folder. Give a folder, or a name on the hub.")
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        return Checkpoint(name, name, None, f"{name}@{getattr(config, '_commit_hash', None)}", _context(config))
+        return Checkpoint(name, name, None, f"{name}@{_revision(name, config)}", _context(config))
     adapter, base = None, str(folder)
     if not (folder / "config.json").is_file():
         adapter, base = str(folder), _base_model(folder)
@@ -85,6 +86,17 @@ def find_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer."""
     return AutoTokenizer.from_pretrained(checkpoint.tokenizer_path, trust_remote_code=trust_remote_code)
+
+
+def _revision(name: str, config: Any) -> str:
+    """Which commit of the hub was read: without it, samples of two would be taken for samples of one."""
+    revision = getattr(config, "_commit_hash", None)
+    if revision is None:
+        raise ValueError(
+            f"model={name!r} was read from the hub, and transformers {transformers.__version__} does not say in which "
+            "revision. Download it (`hf download`) and name its folder."
+        )
+    return revision
 
 
 def _context(config: Any) -> int | None:

@@ -9,16 +9,14 @@ draw that falls within it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from trl_entropy.commands.checkpoints import Checkpoint, load_tokenizer
-
-VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks that vLLM has kernels for; an adapter needs the next one up."""
+from trl_entropy.trainers.contact_table import check_vllm
 
 
 @dataclass(frozen=True)
@@ -135,12 +133,16 @@ class VLLMEngine:
         max_model_len: int,
         tensor_parallel_size: int,
     ) -> None:
+        check_vllm()
         from vllm import LLM
+        from vllm.config.lora import MaxLoRARanks
         from vllm.lora.request import LoRARequest
 
         self.sampling = sampling
         self.adapter = LoRARequest("adapter", 1, checkpoint.adapter) if checkpoint.adapter else None
-        rank = next((rank for rank in VLLM_LORA_RANKS if rank >= checkpoint.lora_rank), checkpoint.lora_rank)
+        # an adapter needs the next of the ranks that vLLM has kernels for
+        fitting = (rank for rank in sorted(get_args(MaxLoRARanks)) if rank >= max(checkpoint.lora_rank, 1))
+        rank = next(fitting, checkpoint.lora_rank)
         self.llm = LLM(
             model=checkpoint.model,
             tokenizer=checkpoint.tokenizer_path,

@@ -31,6 +31,7 @@ from trl_entropy.tasks.sources import Rows, drop_long_prompts
 from trl_entropy.telemetry.diagnosis import DiagnosisCallback
 from trl_entropy.telemetry.report import write_report
 from trl_entropy.trainers import AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
+from trl_entropy.trainers.contact_table import check_installed
 from trl_entropy.trainers.resume import last_complete_checkpoint
 from trl_entropy.vllm_on_cpu import require_device
 
@@ -70,6 +71,7 @@ def prepare(argv: list[str] | None = None) -> Run:
         FileNotFoundError: If the recipe, a local dataset or the checkpoint does not exist.
         ImportError: If a reward function or vLLM cannot be imported, or as `resolve_model`.
     """
+    check_installed()
     script, config, model, mixture = parse(argv)
     task = get_task(script.task) if script.task else None
     if not model.model_name_or_path and (task is None or task.build_policy is None):

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -98,7 +98,7 @@ def parse(
         raise ValueError(f"The recipe is not valid YAML: {error}") from error
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-        close = get_close_matches(name, [action.dest for action in parser._actions], n=1)
+        close = get_close_matches(name, [field.name for kind in types for field in fields(kind)], n=1)
         hint = f"Did you mean {close[0]}?" if close else "`trl-entropy train --help` lists the fields."
         raise ValueError(f"Unknown field {name!r} (in {' '.join(unknown)}). {hint}")
     return tuple(parsed)

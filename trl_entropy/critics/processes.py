@@ -1,5 +1,6 @@
 """The processes that train the critics together, and the critics' shards on them."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -92,8 +93,18 @@ def without_adapter(critic: Any) -> Any:
 
 def _blocks(critic: nn.Module) -> Iterable[nn.Module]:
     """The transformer blocks, by the class names that transformers keeps for this purpose."""
-    names = set(getattr(without_adapter(critic), "_no_split_modules", None) or ())
-    return [module for module in critic.modules() if type(module).__name__ in names]
+    model = without_adapter(critic)
+    names = getattr(model, "_no_split_modules", None)
+    blocks = [module for module in critic.modules() if type(module).__name__ in (names or ())]
+    if not blocks:
+        warnings.warn(
+            f"The critic {type(model).__name__} does not say which of its modules are transformer blocks "
+            f"(_no_split_modules={names}): it is sharded as one unit, and takes the memory of a whole critic on every "
+            "device.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return blocks
 
 
 @torch.no_grad()

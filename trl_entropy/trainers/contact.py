@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..controls import MicroBatch, TokenMean, in_float32
+from .contact_table import check_installed, check_rollout, check_trainer
 from .masked_vocabulary import finite_logits
 from .resume import ExactResume
 
@@ -90,6 +91,11 @@ class GRPOContact(ExactResume):
     _rollout_forwards: list[RolloutForward] | None = None
     _rewards_per_func: Tensor | None = None
     _entropy_bonus_enabled: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_installed()
+        super().__init__(*args, **kwargs)
+        check_trainer(self)
 
     @property
     def controlled(self) -> bool:
@@ -236,6 +242,7 @@ class GRPOContact(ExactResume):
             output = super()._generate_and_score_completions(inputs)
         finally:
             forwards, self._rollout_forwards = self._rollout_forwards, None
+        check_rollout(output)
         old_logps = output.get("old_per_token_logps")
         if forwards is not None and old_logps is not None:
             forward = self._forward_of(old_logps, forwards)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from ..files import whole_file
+from .contact_table import check_sampler
 
 ROLLOUT_SETTINGS = (
     "per_device_train_batch_size",
@@ -119,6 +120,7 @@ class ExactResume(GRPOTrainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        check_sampler(self._train_sampler)
         return self._train_sampler
 
     def _rollout_path(self, checkpoint: str, process: int | None = None) -> str:
@@ -217,8 +219,10 @@ class ExactResume(GRPOTrainer):
         return f"{checkpoint} was saved with {', '.join(changed)}" if changed else None
 
     def _advance_train_sampler(self, epochs: int) -> None:
-        """Draw the permutations of the finished epochs, so that the next one is the epoch's own."""
-        generator = getattr(self._train_sampler, "generator", None)
-        if generator is not None:
+        """Draw the permutations of the finished epochs, so that the next one is the epoch's own.
+
+        A sampler that does not shuffle has none, and a subclass's own, without `shuffle`, keeps its own account.
+        """
+        if getattr(self._train_sampler, "shuffle", False):
             for _ in range(epochs):
-                torch.randperm(self._train_sampler.num_samples, generator=generator)
+                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)

@@ -1,0 +1,210 @@
+"""What this package builds on in TRL, transformers, accelerate, PEFT and vLLM beyond their documented interfaces.
+
+All of it is here as data, and is looked for when a trainer is built: a name that is gone is an error that says which,
+not a control that does nothing.
+"""
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import trl
+from packaging.version import Version
+from trl import GRPOTrainer
+
+OLDEST, NEWEST = "1.12", "1.16"
+"""The releases of TRL that the tests are run on. A later one is tried, with a warning."""
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "_calculate_rewards": (),
+    "_compute_loss": ("model", "inputs"),
+    "_generate_and_score_completions": ("inputs",),
+    "_generate_single_turn": (),
+    "_get_output_dir": ("trial",),
+    "_get_per_token_logps_and_entropies": (),  # a decorated method in some releases, which hides its arguments
+    "_get_train_sampler": (),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_prepare_inputs": ("generation_batch",),
+    "_save_checkpoint": ("model", "trial"),
+    "_save_rng_state": ("output_dir",),
+    "compute_loss": ("model", "inputs"),
+    "create_model_card": (),
+    "log": ("logs", "start_time"),
+    "set_initial_training_values": (),
+    "train": ("resume_from_checkpoint",),
+}
+"""Methods of `trl.GRPOTrainer` that are overridden or called, and those of their arguments that must be there."""
+
+ATTRIBUTES = (
+    "_buffered_inputs",
+    "_entropy_bonus_enabled",
+    "_metrics",
+    "_step",
+    "_tokenizer",
+    "_train_batch_size",
+    "beta",
+    "chat_template",
+    "chat_template_kwargs",
+    "epsilon_high",
+    "epsilon_low",
+    "importance_sampling_level",
+    "max_completion_length",
+    "num_generations",
+    "num_generations_eval",
+    "num_iterations",
+    "off_policy_mask_threshold",
+    "ref_model",
+    "reward_weights",
+    "rollout_func",
+    "temperature",
+)
+"""Attributes of a trainer."""
+ATTRIBUTES_SINCE = {"eos_token_ids": "1.14"}
+"""Those that came with a release of TRL. Before it a turn of an episode ends at the tokenizer's token alone."""
+
+ROLLOUT = (
+    "advantages",
+    "completion_ids",
+    "completion_mask",
+    "num_items_in_batch",
+    "prompt_ids",
+    "prompt_mask",
+)
+"""Keys of every scored rollout."""
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "accelerate": ("PartialState",),
+    "peft": ("LoraConfig", "PeftModel", "TaskType", "get_peft_model"),
+    "transformers": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",),
+    "transformers.integrations.deepspeed": ("_hf_deepspeed_config_weak_ref", "unset_hf_deepspeed_config"),
+    "transformers.pytorch_utils": ("Conv1D",),
+    "transformers.trainer_utils": ("PREFIX_CHECKPOINT_DIR",),
+    "trl": ("DatasetMixtureConfig", "ModelConfig", "TrlParser", "get_peft_config", "get_quantization_config"),
+    "trl.chat_template_utils": ("parse_response",),
+    "trl.generation.vllm_generation": (),
+    "trl.trainer.utils": ("RepeatSampler", "get_callable_name"),
+}
+"""Names by module."""
+VLLM_NAMES: dict[str, tuple[str, ...]] = {
+    "vllm": ("LLM", "SamplingParams"),
+    "vllm.config.lora": ("MaxLoRARanks",),
+    "vllm.lora.request": ("LoRARequest",),
+}
+"""Names by module, where vLLM is used by this package itself."""
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "old_per_token_logps": ("trl.trainer.grpo_trainer",),
+    "ref_per_token_logps": ("trl.trainer.grpo_trainer",),
+    "sampling_per_token_logps": ("trl.trainer.grpo_trainer",),
+    "tool_mask": ("trl.trainer.grpo_trainer",),
+    "current_gradient_accumulation_steps": ("transformers.trainer", "trl.trainer.grpo_trainer"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("transformers.distributed.fsdp", "transformers.modeling_utils"),
+}
+"""What only some rollouts, steps or launches have, so that no attribute shows it: keys, an attribute, an environment
+variable. The source of one of the modules must have the word."""
+
+SAMPLER = ("generator", "num_samples", "shuffle")
+"""Attributes of a `RepeatSampler` that shuffles."""
+
+
+def missing_names(names: Mapping[str, Iterable[str]] = NAMES) -> list[str]:
+    """The names that are not where they are looked for."""
+    found = []
+    for module_name, of_module in names.items():
+        try:
+            module = import_module(module_name)
+        except ImportError:
+            found.append(module_name)
+            continue
+        found += [f"{module_name}.{name}" for name in of_module if not hasattr(module, name)]
+    return found
+
+
+def missing_methods() -> list[str]:
+    """The methods of `trl.GRPOTrainer`, and arguments of them, that are not there."""
+    found = [f"GRPOTrainer.{name}" for name in METHODS if not callable(getattr(GRPOTrainer, name, None))]
+    for name, arguments in METHODS.items():
+        if method := getattr(GRPOTrainer, name, None):
+            parameters = inspect.signature(method).parameters
+            found += [f"GRPOTrainer.{name}({argument})" for argument in arguments if argument not in parameters]
+    return found
+
+
+def missing_words() -> list[str]:
+    """The words that no source has."""
+    return [f"{word!r} in {modules[0]}" for word, modules in WORDS.items() if not any(_has(m, word) for m in modules)]
+
+
+def check_installed() -> None:
+    """Check all that can be checked before a trainer is built, and warn of a TRL that the tests were not run on.
+
+    Raises:
+        ImportError: Names what is missing, the versions found and those supported.
+    """
+    _refuse([*missing_methods(), *missing_names(), *missing_words()])
+    if Version(trl.__version__).release[:2] > Version(NEWEST).release:
+        checked = sum(map(len, NAMES.values())) + len(METHODS) + len(WORDS) + len(ATTRIBUTES)
+        warnings.warn(
+            f"TRL {trl.__version__} is newer than {NEWEST}, the newest that trl_entropy was tested with. The "
+            f"{checked} names of it and its like that the controls build on were looked for and are there; that they "
+            f"still mean the same was not checked. To be sure, install a supported one: pip install 'trl=={NEWEST}.*'",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def check_trainer(trainer: Any) -> None:
+    """Check a trainer's attributes.
+
+    Raises:
+        ImportError: As `check_installed`.
+    """
+    since = [name for name, first in ATTRIBUTES_SINCE.items() if Version(trl.__version__) >= Version(first)]
+    _refuse([f"trainer.{name}" for name in (*ATTRIBUTES, *since) if not hasattr(trainer, name)])
+
+
+def check_rollout(output: Mapping[str, Any]) -> None:
+    """Check a scored rollout's keys.
+
+    Raises:
+        ImportError: As `check_installed`.
+    """
+    _refuse([f"rollout[{name!r}]" for name in ROLLOUT if name not in output])
+
+
+def check_sampler(sampler: Any) -> None:
+    """Check that a sampler of TRL's that shuffles can be put where an earlier run was.
+
+    Raises:
+        ImportError: As `check_installed`.
+    """
+    if getattr(sampler, "shuffle", False):
+        _refuse([f"{type(sampler).__name__}.{name}" for name in SAMPLER if not hasattr(sampler, name)])
+
+
+def check_vllm() -> None:
+    """Check what is used of vLLM.
+
+    Raises:
+        ImportError: As `check_installed`.
+    """
+    _refuse(missing_names(VLLM_NAMES), "vllm")
+
+
+def _has(module_name: str, word: str) -> bool:
+    try:
+        return word in inspect.getsource(import_module(module_name))
+    except ImportError:
+        return False
+
+
+def _refuse(missing: list[str], *packages: str) -> None:
+    if missing:
+        found = ", ".join(f"{name} {version(name)}" for name in packages or ("trl", "transformers", "peft"))
+        raise ImportError(
+            f"trl_entropy builds on names that are not there: {', '.join(missing)} (found: {found}). Supported: TRL "
+            f"{OLDEST} to {NEWEST} with what it requires: pip install 'trl=={NEWEST}.*'"
+        )
