@@ -85,6 +85,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "trl": ("DatasetMixtureConfig", "ModelConfig", "TrlParser", "get_peft_config", "get_quantization_config"),
     "trl.chat_template_utils": ("parse_response",),
     "trl.generation.vllm_generation": (),
+    "trl.models.utils": ("disable_gradient_checkpointing",),
     "trl.trainer.utils": ("RepeatSampler", "get_callable_name"),
 }
 """Names by module."""
