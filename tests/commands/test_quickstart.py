@@ -104,7 +104,7 @@ def test_page_and_figures_are_written(finished: Path) -> None:
     assert "Quickstart: arithmetic, seed 0" in page
     assert page.count("<svg") >= 5
     names = {path.name for path in (finished / "report_figures").iterdir()}
-    for name in ("reward", "entropy", "grad_norm", "ppo_clip", "erc", "ce_gppo"):
+    for name in ("reward", "entropy", "grad_norm", "ppo_clip", "erc", "ce_gppo", "explained_variance"):
         assert {f"{name}.svg", f"{name}.png"} <= names
 
 
@@ -148,6 +148,28 @@ def test_arm_of_other_versions_is_not_kept(finished: Path, monkeypatch: pytest.M
     assert quickstart._finished(finished / ARMS[0], result["settings"]) is None
 
 
+def test_torn_result_is_made_anew(finished: Path, small: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = (finished / ARMS[0] / "result.json").read_text(encoding="utf-8")
+    for name in ("policy", ARMS[0]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(whole[: len(whole) // 2])
+    assert numbers(run(tmp_path, ARMS[:1]), ARMS[0]) == {
+        key: value for key, value in json.loads(whole).items() if key != "seconds"
+    }
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "result.json"
+    quickstart._write_json(file, {"a": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart.os, "replace", lambda part, whole: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            quickstart._write_json(file, {"a": 2})
+    assert json.loads(file.read_text(encoding="utf-8")) == {"a": 1}
+    quickstart._write_json(file, {"a": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
 def test_asyppo_is_trained_where_it_is_named_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert quickstart._parse([]).arms == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc"]
     assert quickstart._parse(["--arms", "asyppo"]).arms == ["asyppo"]
@@ -157,9 +179,10 @@ def test_asyppo_is_trained_where_it_is_named_only(capsys: pytest.CaptureFixture[
 
 
 def test_output_is_a_bar_an_arm_and_a_table(
-    small: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    small: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     run(tmp_path, ["erc"])
+    assert not [warning for warning in recwarn if "pin_memory" in str(warning.message)]
     captured = capfd.readouterr()
     bars = captured.err.replace("\r", "\n").split("\n")
     assert {line.split(":")[0].strip() for line in bars} <= {"", "warm-up", "erc"}
@@ -180,7 +203,7 @@ def pretrained(small: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.Mo
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr(quickstart, "recipe_path", lambda name: {quickstart.PRETRAINED.recipe: file}[name])
-    monkeypatch.setattr(quickstart, "PRETRAINED", replace(quickstart.PRETRAINED, num_problems=32))
+    monkeypatch.setattr(quickstart, "PRETRAINED", replace(quickstart.PRETRAINED, num_problems=32, num_threads=1))
     monkeypatch.setattr(arithmetic, "TASK", replace(arithmetic.TASK, load=arithmetic.load))
     return arithmetic.build_policy(str(tmp_path / "model"), 1)
 

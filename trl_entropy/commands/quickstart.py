@@ -10,6 +10,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -139,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With a one-line message if the arguments are wrong or matplotlib is not installed.
     """
     arguments = _parse(argv)
+    transformers_logging.disable_progress_bar()  # its bars for loading and saving files flash by between ours
     try:
         require_plots()
         model = arguments.model and resolve_model(arguments.model)
@@ -146,7 +148,6 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"trl-entropy quickstart: error: {error}") from error
     setup = PRETRAINED if model else SMALL
     torch.set_num_threads(setup.num_threads)
-    transformers_logging.disable_progress_bar()  # its bars for loading and saving files flash by between ours
     output, recipe = Path(arguments.output_dir), yaml.safe_load(recipe_path(setup.recipe).read_text(encoding="utf-8"))
     task = get_task(recipe["task"])
     of_all = {"seed": arguments.seed, **({"model": arguments.model} if model else {})}
@@ -223,10 +224,11 @@ def _start(
 
 
 def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The result in the folder, if it was made with these settings and the versions that are installed."""
-    if not (folder / RESULT_FILE).is_file():
+    """The result in the folder, if it is whole and made with these settings and the versions that are installed."""
+    try:
+        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
-    result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     if (result.get("settings"), result.get("versions")) != (settings, _versions()):
         return None
     print(f"Kept from an earlier run: {folder} (to make it again, delete it)")
@@ -241,6 +243,7 @@ def _train_arm(name: str, start: Start, folder: Path, settings: dict[str, Any]) 
     with warnings.catch_warnings():
         # TRL's own defaults use a name that transformers has renamed.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", ".*pin_memory", UserWarning)  # pinned by default, which a CPU cannot do
         arguments = {
             "model": start.policy,
             "reward_funcs": list(task.reward_funcs),
@@ -369,7 +372,10 @@ def _versions() -> dict[str, str]:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write a file whole or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, file)
 
 
 def _table(results: dict[str, dict[str, Any]]) -> str:

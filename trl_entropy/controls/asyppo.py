@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .control import LINEAR_LOSSES, Context, Control, Mark, Metric, Metrics, MicroBatch, TokenView
+from .control import LINEAR_LOSSES, Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel, TokenView
 from .health import Finding, LogHistory, ends, enough
 from .tokens import PolicyTokens, TokenMean
 
@@ -202,6 +202,15 @@ ASYPPO = Control(
             "critics disagree: no entropy bonus in AsyPPO",
             ("#fff0b8", "3px dotted", "#735a00"),
             "asyppo/filtered_fraction",
+        ),
+    ),
+    figures=(
+        Figure(
+            "explained_variance",
+            "Variance of the returns that the critics explain",
+            (Panel("share of the variance", ("asyppo/explained_variance",)),),
+            "Healthy: rises from 0, of rollouts that the critics have not trained on yet; one that stays near 0 gives "
+            "the advantages of a constant baseline, one below 0 worse.",
         ),
     ),
     token_views=(
