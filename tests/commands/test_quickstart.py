@@ -179,10 +179,9 @@ def test_asyppo_is_trained_where_it_is_named_only(capsys: pytest.CaptureFixture[
 
 
 def test_output_is_a_bar_an_arm_and_a_table(
-    small: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+    small: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path, ["erc"])
-    assert not [warning for warning in recwarn if "pin_memory" in str(warning.message)]
     captured = capfd.readouterr()
     bars = captured.err.replace("\r", "\n").split("\n")
     assert {line.split(":")[0].strip() for line in bars} <= {"", "warm-up", "erc"}
@@ -209,22 +208,25 @@ def pretrained(small: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_pretrained_model_is_measured_once_and_gets_an_adapter_an_arm(
-    pretrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(quickstart, "resolve_model", {"smollm2-135m": pretrained}.__getitem__)
     folder = tmp_path / "out"
-    results = run(folder, ["erc", "asyppo"], "--model", pretrained)
-    assert results["model"] == pretrained
-    for arm, result in results["arms"].items():
+    results = run(folder, ["erc", "asyppo"], "--model", "smollm2-135m")
+    assert results["model"] == "smollm2-135m"
+    for result in results["arms"].values():
         assert result["num_problems"] == 32
-        assert result["settings"]["model"] == pretrained
+        assert result["settings"]["model"] == "smollm2-135m"
         assert {"accuracy_before", "accuracy_after", "greedy_accuracy_before"} <= result.keys()
-        adapter = json.loads((folder / arm / "adapter_config.json").read_text(encoding="utf-8"))
-        assert adapter["base_model_name_or_path"] == pretrained
-    log = [entry for entry in log_history(folder / "asyppo") if "asyppo/explained_variance" in entry]
-    assert log
-    assert f"Quickstart: arithmetic, {pretrained}, seed 0" in (folder / "report.html").read_text(encoding="utf-8")
+    for adapter in ("erc", "asyppo", "asyppo/critics/critic_0", "asyppo/critics/critic_1"):
+        config = json.loads((folder / adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        assert (config["base_model_name_or_path"], config["r"]) == (pretrained, 16), adapter
+    assert any("asyppo/explained_variance" in entry for entry in log_history(folder / "asyppo"))
+    assert "Quickstart: arithmetic, smollm2-135m, seed 0" in (folder / "report.html").read_text(encoding="utf-8")
+    figures_of_tokens = {path.name for path in (folder / "report_figures").glob("token_*.svg")}
+    assert {"token_entropy_ratio.svg", "token_erc_region.svg", "token_disagreement.svg"} <= figures_of_tokens
     capsys.readouterr()
-    assert run(folder, ["erc", "asyppo"], "--model", pretrained) == results
+    assert run(folder, ["erc", "asyppo"], "--model", "smollm2-135m") == results
     assert capsys.readouterr().out.count("Kept from an earlier run") == 3
 
 
@@ -255,6 +257,26 @@ def test_every_arm_is_a_valid_config_with_eight_updates_a_rollout(setup: quickst
         assert config.steps_per_generation * config.num_iterations // config.gradient_accumulation_steps == 8
         assert config.max_steps % 8 == 0
     assert list(setup.arms) == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc", "asyppo"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "recipe"),
+    [
+        ("ppo-clip", quickstart.PRETRAINED.recipe),
+        ("erc", "smollm2-135m-erc-lora"),
+        ("ce-gppo", "smollm2-135m-ce-gppo"),
+        ("asyppo", "smollm2-135m-asyppo"),
+    ],
+)
+def test_arm_on_the_pretrained_model_has_the_controls_of_its_recipe(arm: str, recipe: str, tmp_path: Path) -> None:
+    shared = quickstart._fields_of(AsyPPOConfig, yaml.safe_load(recipe_path(quickstart.PRETRAINED.recipe).read_text()))
+    expected = quickstart._fields_of(AsyPPOConfig, yaml.safe_load(recipe_path(recipe).read_text()))
+    how_weights_are_trained = ("learning_rate", "record_tokens")
+    found = {**shared, **quickstart.PRETRAINED.arms[arm]}
+    for settings in (found, expected):
+        for name in how_weights_are_trained:
+            settings.pop(name, None)
+    assert found == expected
 
 
 @pytest.mark.parametrize(
