@@ -22,6 +22,7 @@ BASE = {
     "H_old": 1.0,
     "H": 1.0,
     "A": 1.0,
+    "gradient": 1.0,
     "ratio": 1.0,
     "entropy_ratio": 1.0,
     "written": 1,
