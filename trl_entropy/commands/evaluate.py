@@ -8,22 +8,21 @@ import gc
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm import tqdm
-from trl import TrlParser
 
 from trl_entropy.commands.checkpoints import Checkpoint, find_checkpoint, load_tokenizer
-from trl_entropy.commands.disk import one_line_if_full
 from trl_entropy.commands.engines import Engine, Sampling, TransformersEngine, VLLMEngine
+from trl_entropy.commands.errors import in_one_line, one_line_if_full
+from trl_entropy.commands.fields import FieldParser, arguments_of, read_fields
 from trl_entropy.commands.suites import RewardError, Suite, grade, load_suites
 from trl_entropy.files import write_text
 from trl_entropy.tasks.benchmarks import BENCHMARKS
@@ -150,14 +149,13 @@ def parse(argv: list[str] | None = None) -> EvaluateArguments:
         FileNotFoundError: If the file does not exist.
         ImportError: If the backend is not installed.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    parser = TrlParser((EvaluateArguments,), prog="trl-entropy eval", allow_abbrev=False)
+    argv = arguments_of(argv)
+    for option, path in pairwise(argv):
+        if option == "--config":
+            read_fields(path)  # which says more of a bad file than TRL
+    parser = FieldParser((EvaluateArguments,), prog="trl-entropy eval", allow_abbrev=False)
     parser.epilog = "--config FILE reads fields from a YAML file; the command line overrides it."
-    try:
-        arguments, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The --config file is not valid YAML: {error}") from error
+    arguments, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if unknown:
         hint = " eval grades by functions alone: name them as reward_funcs." if "reward_model" in unknown[0] else ""
         raise ValueError(f"Unknown field {unknown[0]!r}. `trl-entropy eval --help` lists the fields.{hint}")
@@ -304,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments = parse(argv)
             prepared = prepare(arguments)
         except (ValueError, OSError, ImportError) as error:
-            raise SystemExit(f"trl-entropy eval: error: {error}") from error
+            raise SystemExit(f"trl-entropy eval: error: {in_one_line(error)}") from error
         try:
             results = evaluate(arguments, prepared)["results"]
         except RewardError as error:
@@ -353,7 +351,7 @@ def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | 
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{name}={value!r} is not JSON ({error}).") from error
+            raise ValueError(f"{name}={value!r} is not JSON ({error}). Write it as in '{{\"size\": 100}}'.") from error
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{name}={value!r} is not a mapping. Give one, such as '{{\"size\": 100}}'.")
     return value

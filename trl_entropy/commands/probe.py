@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from trl_entropy.commands.disk import one_line_if_full
+from trl_entropy.commands.errors import in_one_line, one_line_if_full
 from trl_entropy.commands.train import Run, open_trainer, prepare
 from trl_entropy.commands.train_rows import check_number_of_rows
 from trl_entropy.files import write_json
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             probe = prepare_probe(argv)
         except (ValueError, OSError, ImportError) as error:
-            raise SystemExit(f"trl-entropy probe: error: {error}") from error
+            raise SystemExit(f"trl-entropy probe: error: {in_one_line(error)}") from error
         _measure_and_write(probe)
     gc.collect()
     PartialState().destroy_process_group()

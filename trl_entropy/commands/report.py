@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trl_entropy.commands.disk import one_line_if_full
+from trl_entropy.commands.errors import one_line_if_full
 from trl_entropy.telemetry.report import write_report
 
 

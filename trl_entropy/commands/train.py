@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers import set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_entropy.commands.disk import one_line_if_full
+from trl_entropy.commands.errors import in_one_line, one_line_if_full
 from trl_entropy.commands.train_arguments import TrainArguments, parse
 from trl_entropy.commands.train_models import check_models, check_reward_model, load_tokenizer
 from trl_entropy.commands.train_rows import check_number_of_rows, check_prompts, check_rewards, row_loader
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             run = prepare(argv)
         except (ValueError, OSError, ImportError) as error:
-            raise SystemExit(f"trl-entropy train: error: {error}") from error
+            raise SystemExit(f"trl-entropy train: error: {in_one_line(error)}") from error
         train(run)
     # The trainer's DDP wrapper must go first: freed after the process group, it can wait for it forever (gloo).
     gc.collect()

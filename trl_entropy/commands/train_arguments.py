@@ -2,15 +2,14 @@
 
 import json
 import os
-import sys
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
-import yaml
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig
 from trl.scripts.grpo import GRPOScriptArguments
 
+from trl_entropy.commands.fields import TrainFieldParser, arguments_of, read_fields
 from trl_entropy.recipes import recipe_names, recipes_dir
 from trl_entropy.tasks import TASKS
 from trl_entropy.tasks.rewards import NAMED_REWARDS
@@ -74,7 +73,7 @@ def _from_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] 
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name}={value!r} is not JSON ({error}).") from error
+        raise ValueError(f"{name}={value!r} is not JSON ({error}). Write it as in '{{\"size\": 100}}'.") from error
 
 
 def parse(
@@ -86,16 +85,15 @@ def parse(
         FileNotFoundError: If the recipe does not exist.
         ValueError: If it is not YAML, if it or the command line has an unknown field, or if a field has a bad value.
     """
-    argv = _with_config_apart(sys.argv[1:] if argv is None else argv)
-    config_class = AsyPPOConfig if _names_critics(argv) else EntropyGRPOConfig
+    argv = _with_known_config(arguments_of(argv))
+    recipe = read_fields(argv[argv.index("--config") + 1]) if "--config" in argv else {}
+    names_critics = bool(recipe.get("critics")) or any(word.split("=")[0] == "--critics" for word in argv)
+    config_class = AsyPPOConfig if names_critics else EntropyGRPOConfig
     types = (TrainArguments, config_class, ModelConfig, DatasetMixtureConfig)
     usage = "trl-entropy train --config FILE [--FIELD VALUE ...]"
-    parser = TrlParser(types, prog="trl-entropy train", usage=usage, allow_abbrev=False)
+    parser = TrainFieldParser(types, prog="trl-entropy train", usage=usage, allow_abbrev=False)
     parser.epilog = "FILE is YAML with any of these fields; the command line overrides it."
-    try:
-        *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe is not valid YAML: {error}") from error
+    *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
         close = get_close_matches(name, [field.name for kind in types for field in fields(kind)], n=1)
@@ -104,23 +102,8 @@ def parse(
     return tuple(parsed)
 
 
-def _names_critics(argv: list[str]) -> bool:
-    """Whether the command line, or the recipe that it names, sets `critics`."""
-    if any(word.split("=")[0] == "--critics" for word in argv):
-        return True
-    if "--config" not in argv:
-        return False
-    with open(argv[argv.index("--config") + 1], encoding="utf-8") as file:
-        try:
-            recipe = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"The recipe is not valid YAML: {error}") from error
-    return isinstance(recipe, dict) and bool(recipe.get("critics"))
-
-
-def _with_config_apart(argv: list[str]) -> list[str]:
-    """The arguments with `--config FILE` for `--config=FILE`, the one form that `TrlParser` reads."""
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+def _with_known_config(argv: list[str]) -> list[str]:
+    """The arguments, whose recipe is there."""
     if "--config" in argv:
         path = next(iter(argv[argv.index("--config") + 1 :]), "")
         if not os.path.isfile(path):

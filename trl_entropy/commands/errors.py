@@ -1,9 +1,14 @@
-"""What the commands say when there is no room left for what they write."""
+"""What the commands say of an error, and when there is no room left for what they write."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trl_entropy.files import is_full
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())
 
 
 @contextmanager
@@ -22,8 +27,8 @@ def one_line_if_full(command: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_full(error):
             raise
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         raise SystemExit(
-            f"trl-entropy {command}: error: a file could not be written ({reason}): the disk is full, or a limit on "
-            f"space or file size is reached. Make room, {remedy}"
+            f"trl-entropy {command}: error: a file could not be written ({reason}): the disk is full, or a "
+            f"limit on space or file size is reached. Make room, {remedy}"
         ) from error
