@@ -170,12 +170,26 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_asyppo_is_trained_where_it_is_named_only(capsys: pytest.CaptureFixture[str]) -> None:
-    assert quickstart._parse([]).arms == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc"]
-    assert quickstart._parse(["--arms", "asyppo"]).arms == ["asyppo"]
-    with pytest.raises(SystemExit):
-        quickstart.main(["--help"])
-    assert "asyppo" in capsys.readouterr().out
+@pytest.mark.parametrize("setup", [quickstart.SMALL, quickstart.PRETRAINED], ids=lambda setup: setup.recipe)
+def test_asyppo_is_left_out_with_a_reason_or_trained_by_default(setup: quickstart.Setup) -> None:
+    assert setup.default_arms == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc"]
+    assert "asyppo" in replace(setup, without_asyppo="").default_arms
+
+
+def test_without_names_the_default_arms_are_trained_and_the_page_says_why_not_asyppo(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_arm(name: str, start: object, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        shutil.copytree(finished / "ppo-clip", folder)
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(quickstart, "_train_arm", train_arm)
+    shutil.copytree(finished / "policy", tmp_path / "policy")
+    quickstart.main(["--output_dir", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert list(results["arms"]) == quickstart.SMALL.default_arms
+    pages = [(folder / "report.html").read_text(encoding="utf-8") for folder in (tmp_path, finished)]
+    assert [quickstart.SMALL.without_asyppo in page for page in pages] == [True, False]
 
 
 def test_output_is_a_bar_an_arm_and_a_table(

@@ -45,13 +45,16 @@ class TokenPage:
         return [mark for mark in MARKS if any(mark in token.marks for token in shown)]
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path, title: str | None = None) -> Path:
+def write_report(
+    folders: Sequence[str | Path], output: str | Path, title: str | None = None, note: str | None = None
+) -> Path:
     """Write the page, and every figure as SVG, PNG and CSV in a folder beside it (`report_figures` for `report.html`).
 
     Args:
         folders: Run folders, as `read_runs` takes them.
         output: The HTML file; its folder is made if it is not there.
         title: Heading of the page; `None` for the name of the run, or the number of runs.
+        note: What a reader should know of the runs, under the heading.
 
     Returns:
         `output`.
@@ -71,7 +74,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str |
             # matplotlib escapes the text that it writes into an SVG.
             figures.append(DrawnFigure(figure.name, figure.title, Markup(svg), figure.reading))
     title = title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared")
-    page = _render(title, runs, figures, _token_page(runs, figure_folder), figure_folder.name)
+    page = _render(title, note, runs, figures, _token_page(runs, figure_folder), figure_folder.name)
     write_text(output, page)
     return output
 
@@ -98,7 +101,12 @@ def _findings(runs: Sequence[Run]) -> dict[str, list[Finding]]:
 
 
 def _render(
-    title: str, runs: Sequence[Run], figures: Sequence[DrawnFigure], tokens: TokenPage, figure_folder: str
+    title: str,
+    note: str | None,
+    runs: Sequence[Run],
+    figures: Sequence[DrawnFigure],
+    tokens: TokenPage,
+    figure_folder: str,
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -107,6 +115,7 @@ def _render(
     shared, differing = _split_settings(runs)
     return environment.get_template("report.html.jinja").render(
         title=title,
+        note=note,
         runs=runs,
         accuracies=[_accuracy_row(run) for run in runs if "accuracy_after" in run.result],
         num_problems=sorted({run.result["num_problems"] for run in runs if "num_problems" in run.result}),
