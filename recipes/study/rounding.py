@@ -1,7 +1,7 @@
 """How much of what ERC, PPO-clip and CE-GPPO act on is rounding: a small policy and SmolLM2, in several precisions.
 
 From the repository, with the extras `plots` and `gym`, and for SmolLM2 its packages (see `trl_entropy/pretrained.py`),
-half an hour of one CPU core:
+about an hour of one CPU core:
 
     python recipes/study/rounding.py
 
@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,11 @@ import torch.nn.functional as F
 from policies import start
 from rounding_report import report
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.commands.probe import PRECISIONS, prepare_probe
 from trl_entropy.commands.train import open_trainer, prepare
 from trl_entropy.controls import ENTROPY_FLOOR, entropy_ratio, inside_bounds
@@ -54,7 +57,9 @@ ARMS = {
     "autocast": ("--dtype", "autocast"),
     "autocast, float32 head": ("--dtype", "autocast", "--cast_lm_head_to_fp32", "true"),
     "bfloat16": ("--dtype", "bfloat16"),
+    "float16": ("--dtype", "float16"),
     "LoRA in autocast": ("--dtype", "autocast", *LORA),
+    "LoRA in float16": ("--dtype", "float16", *LORA),
     "LoRA in float32": ("--dtype", "float32", *LORA),
     "float32, exact entropies": ("--dtype", "float32"),
     "autocast, exact entropies": ("--dtype", "autocast"),
@@ -96,14 +101,23 @@ class Row:
     def file(self) -> Path:
         return SCRATCH / f"{re.sub('[^a-z0-9.]+', '-', self.name.lower())}.pt"
 
+    @property
+    def probe_class(self) -> type[RoundingProbe]:
+        return ExactProbe if "exact" in self.arm else Float16Probe if "float16" in self.arm else TimedProbe
+
     def arguments(self, device: str = "cpu") -> list[str]:
         """Of `trl-entropy probe`, but for the learning rate."""
         return [
-            *("--model", model_path(self.model), *ARMS[self.arm], *MODELS[self.model]),
+            *("--model", model_path(self.model), *_accepted(ARMS[self.arm], device), *MODELS[self.model]),
             *("--temperature", f"{self.temperature:g}", "--steps", "1", "--seed", "0"),
             *("--gradient_checkpointing", "false", "--output_dir", str(SCRATCH / "probe")),
             *_on(device),
         ]
+
+
+def _accepted(words: Sequence[str], device: str) -> list[str]:
+    """float16 is refused on a CPU: `Float16Anywhere` computes in it where a run says bfloat16."""
+    return ["autocast" if device == "cpu" and word == "float16" else word for word in words]
 
 
 def _on(device: str) -> tuple[str, ...]:
@@ -111,7 +125,7 @@ def _on(device: str) -> tuple[str, ...]:
 
 
 def model_path(model: str) -> str:
-    """Folder of a row's model, made if it is not there.
+    """Folder of a row's model, made if it is not there; or the name that the package knows it by.
 
     SmolLM2's packaged weights are 4-bit; in float32 many of them lie exactly between two numbers of bfloat16.
     `SmolLM2` has them rounded to bfloat16 (on its grid), as published checkpoints are. `SmolLM2, off the grid` has
@@ -119,9 +133,9 @@ def model_path(model: str) -> str:
     """
     if model == "arithmetic":
         return start("arithmetic", "policy", 0, POLICIES)
-    source = resolve_model(SMOLLM2)
     if model == "SmolLM2, 4-bit":
-        return source
+        return SMOLLM2
+    source = resolve_model(SMOLLM2)
     folder = SCRATCH / model.lower().replace(", ", "-").replace(" ", "-")
     if not folder.is_dir():
         rounded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
@@ -147,15 +161,17 @@ def off_the_grid(model: torch.nn.Module) -> torch.nn.Module:
 
 def rows() -> list[Row]:
     """All, the quick ones and the telling ones first."""
-    small = ("float32", "autocast", "bfloat16", "float32, exact entropies", "autocast, exact entropies")
+    small = ("float32", "autocast", "bfloat16", "float16", "float32, exact entropies", "autocast, exact entropies")
     return [
         *(Row("arithmetic", arm, temperature) for temperature in (1.0, 0.6) for arm in small),
         *(Row("SmolLM2", arm, 1.0) for arm in ("float32", "autocast", "bfloat16", "autocast, float32 head")),
         *(Row("SmolLM2", arm, 0.6) for arm in ("autocast", "float32")),
-        *(Row("SmolLM2", arm, 1.0) for arm in ("LoRA in autocast", "LoRA in float32")),
-        Row("SmolLM2, off the grid", "autocast", 1.0),
+        *(Row("SmolLM2, off the grid", arm, 1.0) for arm in ("autocast", "float16", "autocast, float32 head")),
+        *(Row("SmolLM2", arm, 1.0) for arm in ("LoRA in autocast", "LoRA in float32", "LoRA in float16")),
+        *(Row("SmolLM2, off the grid", arm, 0.6) for arm in ("autocast", "float16", "autocast, float32 head")),
         Row("SmolLM2, 4-bit", "autocast", 1.0),
         *(Row("SmolLM2", arm, 0.6) for arm in ("bfloat16", "autocast, float32 head")),
+        Row("SmolLM2", "float16", 1.0),
     ]
 
 
@@ -191,6 +207,47 @@ class ExactProbe(TimedProbe):
         return found[0], -(log_probs.exp() * log_probs).sum(-1), *found[2:]
 
 
+class Float16Products(TorchDispatchMode):
+    """Within it, float16 matrix products are made in float32 and rounded once, as a GPU makes them.
+
+    So does a CPU without instructions for float16, but ten times slower.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in FLOAT16_PRODUCTS and args[0].dtype == torch.float16:
+            wide = (arg.float() if isinstance(arg, Tensor) else arg for arg in args)
+            return func(*wide, **(kwargs or {})).half()
+        return func(*args, **(kwargs or {}))
+
+
+FLOAT16_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+class Float16Anywhere:
+    """Makes a trainer compute in float16 with scaled gradients where accelerate refuses to: on a CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        device = self.accelerator.device.type
+        self.accelerator.state._mixed_precision = "fp16"  # on a CPU, in place of bfloat16
+        # Accelerate's own, but of a scale with which the first gradients do not overflow
+        self.accelerator.scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with Float16Products() if self.accelerator.device.type == "cpu" else nullcontext():
+            return super().train(*args, **kwargs)
+
+
+class Float16Probe(Float16Anywhere, TimedProbe):
+    pass
+
+
+class Float16Trainer(Float16Anywhere, EntropyGRPOTrainer):
+    pass
+
+
 class EveryRate(TrainerCallback):
     """Takes the first optimizer step at each of several rates from the same weights, and measures after each."""
 
@@ -200,7 +257,11 @@ class EveryRate(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self._probe.optimizer
+        if self._probe.accelerator.scaler is not None:  # clipping has taken the scale out of the gradients already
+            optimizer = optimizer.optimizer
         groups, parameters = optimizer.param_groups, [p for p in self._probe.model.parameters() if p.requires_grad]
+        if not all(parameter.grad.isfinite().all() for parameter in parameters):
+            raise OverflowError("the gradients of the first step overflow float16")
         before, own_rate = [parameter.detach().clone() for parameter in parameters], groups[0]["lr"]
         for rate in self._rates:
             for group in groups:
@@ -219,7 +280,7 @@ def measure(row: Row, device: str = "cpu") -> tuple[Measurement, float]:
     """The passes of a row, its updates in the order of `RATES`, and the processor seconds of one pass of training."""
     if not row.file.is_file():
         probe = prepare_probe(row.arguments(device))
-        with open_trainer(probe.run, ExactProbe if "exact" in row.arm else TimedProbe) as trainer:
+        with open_trainer(probe.run, row.probe_class) as trainer:
             callback = EveryRate(trainer, RATES)
             trainer.add_callback(callback)
             measured = replace(trainer.measure(), updates=tuple(callback.updates))
@@ -236,7 +297,8 @@ def run(row: Row, device: str = "cpu") -> dict[str, Any]:
     updates = [{"learning_rate": rate, **update} for rate, update in zip(RATES, found["updates"], strict=True)]
     for update, passes in zip(updates, measured.updates, strict=True):
         update["remedies"] = remedies(measured, passes)
-    command = shlex.join(["trl-entropy", "probe", *row.arguments(device), "--learning_rate", f"{RATES[0]:g}"])
+    probed = row.arguments("cuda" if "float16" in row.arm else device)
+    command = shlex.join(["trl-entropy", "probe", *probed, "--learning_rate", f"{RATES[0]:g}"])
     result = {"row": row.name, "command": command, "pass_seconds": seconds, **found, "updates": updates}
     return json.loads(json.dumps(result), parse_float=_four_digits)
 
@@ -272,29 +334,48 @@ def _outside(entropies: Tensor, old_entropies: Tensor, floor: float = ENTROPY_FL
 
 REMEDIES: dict[str, Gate] = {
     "published": _floor(ENTROPY_FLOOR),
-    **{f"floor {floor:g}": _floor(floor) for floor in (1e-3, 1e-2, 1e-1)},
+    **{f"floor {floor:g}": _floor(floor) for floor in (1e-3, 1e-2, 5e-2, 1e-1)},
     **{f"and a change of {least:g} nats": _change(least) for least in (1e-3, 1e-2, 5e-2)},
     **{f"window of {width}": _window(width) for width in (4, 16)},
 }
 """Gates that tell rounding from the policy's change, by what differs from ERC's published one."""
+HINDSIGHT = "best floor and bounds"
+HINDSIGHT_FLOORS, HINDSIGHT_RECALL = (ENTROPY_FLOOR, 1e-3, 1e-2, 5e-2, 1e-1, 3e-1, 1.0), 0.8
 
 
 def remedies(measured: Measurement, update: Updated) -> dict[str, dict[str, float | None]]:
     """What each gate finds, against what the published one finds in float32."""
     assert measured.float32 is not None
     assert update.float32 is not None
-    true = REMEDIES["published"](update.float32, measured.float32, measured.mask) & measured.mask
-    return {
-        name: agreement(gate(update.trained, measured.rollout, measured.mask) & measured.mask, true, measured.mask)
-        for name, gate in REMEDIES.items()
-    }
+    mask, old, new = measured.mask, measured.rollout, update.trained
+    true = REMEDIES["published"](update.float32, measured.float32, mask) & mask
+    gates = {name: gate(new, old, mask) & mask for name, gate in REMEDIES.items()}
+    gates[HINDSIGHT] = in_hindsight(new, old, true, mask)
+    return {name: agreement(found, true, mask) for name, found in gates.items()}
+
+
+def in_hindsight(new: Pass, old: Pass, true: Tensor, mask: Tensor) -> Tensor:
+    """What a gate finds whose floor and bounds (as far from 1 on either side) are chosen by looking at the answer.
+
+    Of all that find `HINDSIGHT_RECALL` of the true tokens, the most precise: no choice of both does better.
+    """
+    best, precision = torch.zeros_like(mask), 0.0
+    for floor in HINDSIGHT_FLOORS:
+        change = torch.where(mask, entropy_ratio(new.entropies, old.entropies, floor).log().abs(), -1.0)
+        for bound in change[true].unique():
+            found = change >= bound
+            hits = int((found & true).sum())
+            if hits >= HINDSIGHT_RECALL * int(true.sum()) and hits / int(found.sum()) > precision:
+                best, precision = found, hits / int(found.sum())
+    return best
 
 
 def train(arm: str, rate: float, device: str = "cpu") -> dict[str, Any]:
     """Shares that ERC clips in training: the small policy, two rollouts of eight optimizer steps."""
-    given = [*PRECISIONS[arm], *TRAINING, "--learning_rate", f"{rate:g}", *_on(device)]
+    (precision,) = _accepted([arm], device)
+    given = [*PRECISIONS[precision], *TRAINING, "--learning_rate", f"{rate:g}", *_on(device)]
     run = prepare([*given, "--model_name_or_path", model_path("arithmetic")])
-    with open_trainer(run) as trainer:
+    with open_trainer(run, Float16Trainer if arm == "float16" else EntropyGRPOTrainer) as trainer:
         trainer.train()
         shares = [entry["erc/clip_fraction"] for entry in trainer.state.log_history if "erc/clip_fraction" in entry]
     return {"row": f"training/{arm}/{rate:g}", "clip_fraction": [_four_digits(str(share)) for share in shares]}
