@@ -70,6 +70,14 @@ def test_advice_names_the_remedy() -> None:
     assert first.startswith("ERC clips 0.200 of the tokens after 1 optimizer step, and 0.900 of these are rounding")
     assert "bf16: false" in first
     assert second.startswith("0.010 of the tokens leave PPO-clip's range")
+    assert second.endswith("Outside are 0.200 of the tokens after 1 optimizer step, and 0.900 of these are rounding.")
+
+
+@pytest.mark.parametrize("kind", [{"precision": 0.8}, {"share": 0.001}])
+def test_advice_on_ppo_clip_where_its_range_measures_the_policy(kind: dict[str, float]) -> None:
+    summary = a_summary()
+    summary["updates"][0]["ppo_clip"]["all"].update(kind)
+    assert advice(summary)[1].endswith("by rounding alone.")
 
 
 def test_advice_where_erc_measures_the_policy() -> None:

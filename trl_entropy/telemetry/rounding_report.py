@@ -63,14 +63,11 @@ def advice(summary: dict[str, Any]) -> list[str]:
 
 
 def _on_erc(summary: dict[str, Any]) -> str:
-    clipping = [update for update in summary["updates"] if update["erc"][ALL]["share"] >= NOTHING]
-    if not clipping:
+    worst = _noisiest(summary, "erc")
+    if worst is None:
         return "ERC clips next to nothing in these steps, by rounding or otherwise."
-    worst = max(clipping, key=lambda update: noise(summary, update))
-    share, of_noise = worst["erc"][ALL]["share"], noise(summary, worst)
-    after = f"after {worst['step']} optimizer step{'s' if worst['step'] > 1 else ''}"
-    told = f"ERC clips {_share(share)} of the tokens {after}, and {_share(of_noise)} of these are rounding"
-    if of_noise <= NOISE_SHARE:
+    told = f"ERC clips {_told(summary, worst, 'erc')} rounding"
+    if noise(summary, worst) <= NOISE_SHARE:
         return f"{told}: it measures the policy."
     return f"{told}: it drops tokens at random. {remedy(summary['settings'])}"
 
@@ -93,7 +90,23 @@ def _in_float32(settings: dict[str, Any]) -> bool:
 
 def _on_ppo_clip(summary: dict[str, Any]) -> str:
     alone = max(by_gate["ppo_clip"][ALL] for by_gate in summary["rounding"].values())
-    return f"{_share(alone)} of the tokens leave PPO-clip's range, which CE-GPPO reads too, by rounding alone."
+    told = f"{_share(alone)} of the tokens leave PPO-clip's range, which CE-GPPO reads too, by rounding alone."
+    worst = _noisiest(summary, "ppo_clip")
+    if worst is None or noise(summary, worst, "ppo_clip") <= NOISE_SHARE:
+        return told
+    return f"{told} Outside are {_told(summary, worst, 'ppo_clip')} rounding."
+
+
+def _noisiest(summary: dict[str, Any], gate: str) -> dict[str, Any] | None:
+    """Of the updates after which a control acts, the one where most of that is rounding."""
+    acting = [update for update in summary["updates"] if update[gate][ALL]["share"] >= NOTHING]
+    return max(acting, key=lambda update: noise(summary, update, gate), default=None)
+
+
+def _told(summary: dict[str, Any], update: dict[str, Any], gate: str) -> str:
+    after = f"after {update['step']} optimizer step{'s' if update['step'] > 1 else ''}"
+    share, of_noise = update[gate][ALL]["share"], noise(summary, update, gate)
+    return f"{_share(share)} of the tokens {after}, and {_share(of_noise)} of these are"
 
 
 def draw_rounding(summary: dict[str, Any], stem: Path) -> str:
