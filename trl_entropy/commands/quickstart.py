@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -39,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config
 
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer, __version__
+from trl_entropy.files import write_json
 from trl_entropy.pretrained import SMOLLM2, resolve_model
 from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import Task, get_task
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         settings["max_steps"] = arguments.steps or settings["max_steps"]
         results[name] = _finished(output / name, settings) or _train_arm(name, start, output / name, settings)
     summary = {"arms": results, **of_all, "versions": _versions()}
-    _write_json(output / RESULTS_FILE, summary)
+    write_json(output / RESULTS_FILE, summary)
     title = f"Quickstart: {task.name}, {f'{arguments.model}, ' if model else ''}seed {arguments.seed}"
     page = write_report([output], output / "report.html", title, None if "asyppo" in arms else setup.without_asyppo)
     print(_table(results))
@@ -232,7 +232,7 @@ def _start(
             "versions": _versions(),
             "seconds": time.monotonic() - started,
         }
-        _write_json(folder / RESULT_FILE, result)
+        write_json(folder / RESULT_FILE, result)
     before = {key: value for key, value in result.items() if key.partition("accuracy_")[1]}
     return Start(task, setup, task.load("train", **task_args), problems, policy_folder, adapter, before)
 
@@ -287,7 +287,7 @@ def _train_arm(name: str, start: Start, folder: Path, settings: dict[str, Any]) 
         "versions": _versions(),
         "seconds": time.monotonic() - started,
     }
-    _write_json(folder / RESULT_FILE, result)
+    write_json(folder / RESULT_FILE, result)
     del trainer
     gc.collect()  # the trainer is in reference cycles
     return result
@@ -383,24 +383,3 @@ def _fields_of(kind: Any, recipe: dict[str, Any]) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("trl", "transformers", "torch")}
     return {"trl_entropy": __version__, **packages, "python": platform.python_version()}
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, file)
-
-
-def _table(results: dict[str, dict[str, Any]]) -> str:
-    lines = [f"\n{'held-out accuracy':20}{'before':>8}{'after':>8}   {'95 % interval':16}{'greedy':>8}{'after':>8}"]
-    for name, result in results.items():
-        before, after = (f"{result[f'accuracy_{when}']:8.3f}" for when in ("before", "after"))
-        greedy = "".join(f"{result[f'greedy_accuracy_{when}']:8.3f}" for when in ("before", "after"))
-        low, high = result["accuracy_after_ci95"]
-        lines.append(f"{name:20}{before}{after}   {f'{low:.3f} to {high:.3f}':16}{greedy}")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """The record of tokens in a run folder: Parquet files that every process writes for itself, and their reader."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..controls import CONTROLS
+from ..files import whole_file
 
 FOLDER = "tokens"
 FILE_NAME = re.compile(r"process(\d+)_step(\d+)\.parquet")
@@ -124,10 +124,8 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
 
 
 def _write(file: Path, table: pa.Table) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    pq.write_table(table, part, compression="zstd")
-    os.replace(part, file)
+    with whole_file(file) as part:
+        pq.write_table(table, part, compression="zstd")
     return file
 
 
