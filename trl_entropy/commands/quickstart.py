@@ -383,3 +383,17 @@ def _fields_of(kind: Any, recipe: dict[str, Any]) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("trl", "transformers", "torch")}
     return {"trl_entropy": __version__, **packages, "python": platform.python_version()}
+
+
+def _table(results: dict[str, dict[str, Any]]) -> str:
+    lines = [f"\n{'held-out accuracy':20}{'before':>8}{'after':>8}   {'95 % interval':16}{'greedy':>8}{'after':>8}"]
+    for name, result in results.items():
+        before, after = (f"{result[f'accuracy_{when}']:8.3f}" for when in ("before", "after"))
+        greedy = "".join(f"{result[f'greedy_accuracy_{when}']:8.3f}" for when in ("before", "after"))
+        low, high = result["accuracy_after_ci95"]
+        lines.append(f"{name:20}{before}{after}   {f'{low:.3f} to {high:.3f}':16}{greedy}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from .tokens import PolicyTokens, TokenMean
 
 def controls_of(config: Any) -> tuple[Control, ...]:
     """The controls that a configuration switches on, in their order."""
-    return tuple(control for control in CONTROLS if control.enabled(config))
+    return tuple(control.under(config) for control in CONTROLS if control.enabled(config))
 
 
 def ratio_controls(config: Any) -> str:
@@ -40,7 +40,8 @@ class ActiveControls:
     @classmethod
     def of(cls, config: Any, critics: bool = False) -> "ActiveControls":
         """Those of a configuration, their states new; with `critics`, those that critics bring along too."""
-        controls = tuple(one for one in CONTROLS if one.enabled(config) or (critics and one.comes_with_critics))
+        enabled = (one for one in CONTROLS if one.enabled(config) or (critics and one.comes_with_critics))
+        controls = tuple(one.under(config) for one in enabled)
         made = {one.prefix: one.state(config) for one in controls if one.state is not None}
         return cls(controls, {prefix: state for prefix, state in made.items() if state is not None})
 

@@ -6,7 +6,7 @@ diagnosis and the tables of the documentation read the rows, and none of them na
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,10 @@ LINEAR_LOSSES = (*PPO_CLIP_LOSSES, "cispo", "sapo")
 """TRL's loss types that are linear in each token's advantage, so that a token can be left out of them."""
 
 Metrics = Mapping[str, TokenMean]
+Switch = bool | Callable[[Any], bool]
+"""Whether something holds for a control: always or never, or by the configuration."""
+SWITCHES = ("steers_entropy", "needs_old_entropies", "needs_rollout_pass")
+"""The attributes of a `Control` that may depend on the configuration."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,13 @@ class Panel:
     Attributes:
         label: What the vertical axis shows, with its unit.
         keys: Metrics that hold it; the first that a log entry has is drawn.
+        guides: Metrics of where it should be, drawn dotted.
         band: Metrics of a lower and an upper edge, shaded behind the lines; the panel is drawn for runs that have it.
     """
 
     label: str
     keys: tuple[str, ...]
+    guides: tuple[str, ...] = ()
     band: tuple[str, str] | None = None
 
 
@@ -273,12 +279,12 @@ class Control:
     levels: tuple[str, ...] = ("token", "sequence")
     level_reason: str = ""
     excludes: tuple[tuple[str, str], ...] = ()
-    steers_entropy: bool = False
+    steers_entropy: Switch = False
     comes_with_critics: bool = False
     replaces_ppo_clip: bool = False
-    needs_old_entropies: bool = False
+    needs_old_entropies: Switch = False
     needs_entropy_gradients: bool = False
-    needs_rollout_pass: bool = False
+    needs_rollout_pass: Switch = False
     rollout_settings: tuple[str, ...] = ()
     state: Callable[[Any], State | None] | None = None
     on_rollout: Callable[[Rollout, Context, Any], tuple[Mapping[str, Tensor], Metrics]] | None = None
@@ -301,6 +307,12 @@ class Control:
     def enabled(self, config: Any) -> bool:
         """Whether a configuration switches it on."""
         return bool(getattr(config, f"{self.prefix}_enabled", False))
+
+    def under(self, config: Any) -> "Control":
+        """The row with what depends on the configuration decided."""
+        switches = {name: getattr(self, name) for name in SWITCHES}
+        decided = {name: switch(config) for name, switch in switches.items() if callable(switch)}
+        return replace(self, **decided) if decided else self
 
     def settings_of(self, config: Any) -> dict[str, Any]:
         """Its fields in a configuration, with their values."""

@@ -86,7 +86,7 @@ def series(log_history: Sequence[dict[str, Any]], keys: Sequence[str]) -> tuple[
 def draw(figure: Figure, runs: Sequence[Run], stem: Path) -> str | None:
     """Draw a figure and save it as `stem.svg` and `stem.png`, and its numbers as `stem.csv`.
 
-    The thin line is the metric as logged, the thick one its exponential moving average.
+    The thin line is the metric as logged, the thick one its exponential moving average, a dotted one a guide.
 
     Returns:
         The SVG element, to be put into a page, or `None` (and no file) if no run has any of the metrics.
@@ -164,6 +164,8 @@ def _canvas(figure: Figure, runs: Sequence[Run]) -> "Canvas":
                 colour, marker = COLOURS[index % len(COLOURS)], "o" if len(steps) == 1 else ""
                 axis.plot(steps, values, color=colour, alpha=0.35, linewidth=0.9, marker=marker)
                 (shown[index],) = axis.plot(steps, _smooth(values), **look(index), linewidth=1.8)
+            for key in panel.guides:
+                axis.plot(*series(run.log_history, (key,)), color=look(index)["color"], linestyle=":", linewidth=1.2)
             if panel.band:
                 axis.fill_between(
                     *_band(run, panel.band), color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0
@@ -196,6 +198,9 @@ def _rows(figure: Figure, runs: Sequence[Run]) -> Iterator[Row]:
         for run in runs:
             for step, value in zip(*_points(run, panel), strict=True):
                 yield panel.label, run.name, "as logged", step, value
+            for key in panel.guides:
+                for step, value in zip(*series(run.log_history, (key,)), strict=True):
+                    yield panel.label, run.name, key, step, value
             if panel.band:
                 steps, *edges = _band(run, panel.band)
                 for key, values in zip(panel.band, edges, strict=True):
