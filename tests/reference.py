@@ -5,6 +5,7 @@ line can be held against the formula that it states. Tensors are float64 in the 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,12 @@ def loss(b: Batch, s: Settings) -> Tensor:
     if s.nll_coef:
         total = total + s.nll_coef * positive_nll(b, s)
     return total
+
+
+def weighted_loss(b: Batch, s: Settings, weight: Callable[[int, int], float]) -> Tensor:
+    """Policy loss of one micro-batch, each token's term times a constant of its own."""
+    assert not s.beta
+    return aggregate({(i, t): weight(i, t) * term for (i, t), term in token_losses(b, s).items()}, b, s)
 
 
 def valid_tokens(b: Batch) -> list[tuple[int, int]]:

@@ -59,6 +59,10 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
         {**HEALTHY, "erc__rounding_fraction": lambda done: 0.15 if round(done * STEPS) % 8 == 1 else None},
     ],
     "ce_gppo_runaway": [{**HEALTHY, "reward": lambda done: 0.5 * (1 - done), "grad_norm": lambda done: 1 + 3 * done}],
+    "entropic_at_bound": [
+        {**HEALTHY, "entropic__actuator": -1.0, "entropic__error": -0.1},
+        {**HEALTHY, "entropic__actuator": lambda done: min(2 * done, 1.0), "entropic__error": 0.1},
+    ],
     "critic_explains_nothing": [
         {**CRITICS, "asyppo__explained_variance": 0.01},
         {**CRITICS, "asyppo__explained_variance": lambda done: 0.2 - 0.5 * done},
@@ -95,6 +99,10 @@ LACKS: dict[str, list[dict[str, Any]]] = {
         {**HEALTHY, "reward": lambda done: 0.5 * (1 - done)},
         {**HEALTHY, "grad_norm": lambda done: 1 + 3 * done},
         {**CLASSIC_CLIP, "reward": lambda done: 0.5 * (1 - done), "grad_norm": lambda done: 1 + 3 * done},
+    ],
+    "entropic_at_bound": [
+        {**HEALTHY, "entropic__actuator": -1.0, "entropic__error": 0.1},  # on its way
+        {**HEALTHY, "entropic__actuator": lambda done: 0.99 * min(2 * done, 1.0), "entropic__error": 0.1},
     ],
     "critic_explains_nothing": [CRITICS],
     "groups_without_variance": [

@@ -112,6 +112,18 @@ def test_band_is_shaded_for_the_runs_that_have_it() -> None:
     assert (bounds.y0, bounds.y1) == pytest.approx((0.4, 0.7))
 
 
+def test_guide_is_dotted_in_the_colour_of_its_run(tmp_path: Path) -> None:
+    loop = next(figure for figure in FIGURES if figure.name == "entropic")
+    runs = [Run(name, [{"step": 1, "entropic/entropy": 0.5, "entropic/set_point": 0.3}]) for name in ("one", "two")]
+    axis, _ = figures._canvas(loop, runs).axes
+    dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
+    assert [list(line.get_ydata()) for line in dotted] == [[0.3], [0.3]]
+    assert [line.get_color() for line in dotted] == list(figures.COLOURS[:2])
+    draw(loop, runs[:1], tmp_path / "loop")
+    rows = list(csv.reader((tmp_path / "loop.csv").read_text(encoding="utf-8").splitlines()))[1:]
+    assert [row[2:] for row in rows] == [["as logged", "1.0", "0.5"], ["entropic/set_point", "1.0", "0.3"]]
+
+
 def test_numbers_are_written_beside_the_figure(tmp_path: Path) -> None:
     corridor = next(figure for figure in FIGURES if figure.name == "epo_corridor")
     edges = {"epo/corridor_low": 0.4, "epo/corridor_high": 0.7}

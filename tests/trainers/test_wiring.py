@@ -21,6 +21,7 @@ ERC = {"erc_low": 0.95, "erc_high": 1.05}
 CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "epsilon": 0.01}
 EPO = {"epo_coef": 1.0, "epo_penalty": 1.0, "epo_kappa_low": 1.0, "epo_kappa_high": 1.001}
 NLL = {"positive_nll_coef": 1.0}
+ENTROPIC = {"entropic_target": 0.5, "entropic_kp": 0.3, "entropic_ki": 0.3, "entropic_probability": 0.3}
 CRITICS = {"critic_learning_rate": 1e-2, "entropy_coef": 0.01}
 
 POLICY, CRITIC, RECORD = "policy", "critic", "record"
@@ -40,6 +41,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "epo_schedule": (EPO, {"epo_schedule": "grow"}, POLICY),
     "epo_form": (EPO, {"epo_form": "indicator"}, POLICY),
     "epo_history": ({**EPO, "episodes": True}, {"epo_history": "per_turn"}, "metric epo/history"),
+    "entropic_target": (ENTROPIC, {"entropic_target": 3.0}, POLICY),
+    "entropic_kp": (ENTROPIC, {"entropic_kp": 0.0}, POLICY),
+    "entropic_ki": (ENTROPIC, {"entropic_ki": 0.0}, POLICY),
+    "entropic_probability": (ENTROPIC, {"entropic_probability": 0.6}, POLICY),
     "positive_nll_coef": (NLL, {"positive_nll_coef": 0.0}, POLICY),
     "positive_nll_min_reward": (NLL, {"positive_nll_min_reward": 2.0}, POLICY),
     "record_tokens": ({}, {"record_tokens": 4}, RECORD),

@@ -7,6 +7,7 @@ carry no autograd graph: they decide how much gradient a token gets and are neve
 from .ce_gppo import ce_gppo
 from .compose import ActiveControls, clip_controls, controls_of, micro_batch, ratio_controls
 from .control import Context, Control, MicroBatch, Rollout
+from .entropic import entropic
 from .epo import EntropyHistory, epo, epo_beta
 from .erc import ENTROPY_FLOOR, entropy_ratio, erc, inside_bounds
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
@@ -30,6 +31,7 @@ __all__ = [
     "clip_controls",
     "clipped_by_ppo",
     "controls_of",
+    "entropic",
     "entropy_ratio",
     "epo",
     "epo_beta",

@@ -3,12 +3,14 @@
 from .asyppo import ASYPPO
 from .ce_gppo import CE_GPPO
 from .control import Control
+from .entropic import ENTROPIC
 from .epo import EPO
 from .erc import ERC
 from .positive_nll import POSITIVE_NLL
 
 CONTROLS: tuple[Control, ...] = (
     CE_GPPO,
+    ENTROPIC,
     ERC,
     ASYPPO,
     EPO,

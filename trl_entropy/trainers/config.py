@@ -7,6 +7,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..controls import CONTROLS, Control, controls_of, ratio_controls
 from ..controls.ce_gppo import CEGPPOFields
+from ..controls.entropic import EntroPICFields
 from ..controls.epo import EPOFields
 from ..controls.erc import ERCFields
 from ..controls.positive_nll import PositiveNLLFields
@@ -57,7 +58,7 @@ class EntropyControls(ERCFields, CEGPPOFields, EPOFields):
 
 
 @dataclass
-class EntropyGRPOConfig(EntropyControls, PositiveNLLFields, GRPOConfig):
+class EntropyGRPOConfig(EntropyControls, EntroPICFields, PositiveNLLFields, GRPOConfig):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
 
     Each control's fields are described in its module of `trl_entropy.controls`; `trl-entropy methods` lists them.
