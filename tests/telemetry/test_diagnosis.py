@@ -52,6 +52,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
         {**HEALTHY, "erc__clip_fraction": lambda done: 0.3 + 0.4 * done},
         {**CLASSIC_CLIP, "ppo_clip__low_fraction": 0.3, "ppo_clip__high_fraction": 0.3},
         {**CLASSIC_CLIP, "clip_ratio__region_mean": 0.6},
+        {**HEALTHY, "par__dropped_fraction": 0.6},
     ],
     "clip_is_rounding": [
         {**HEALTHY, "erc__rounding_fraction": 0.06},
@@ -59,6 +60,10 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
         {**HEALTHY, "erc__rounding_fraction": lambda done: 0.15 if round(done * STEPS) % 8 == 1 else None},
     ],
     "ce_gppo_runaway": [{**HEALTHY, "reward": lambda done: 0.5 * (1 - done), "grad_norm": lambda done: 1 + 3 * done}],
+    "par_at_bound": [
+        {**HEALTHY, "par__actuator": 0.0, "par__error": -0.1},
+        {**HEALTHY, "par__actuator": 1.0, "par__error": 0.1},
+    ],
     "entropic_at_bound": [
         {**HEALTHY, "entropic__actuator": -1.0, "entropic__error": -0.1},
         {**HEALTHY, "entropic__actuator": lambda done: min(2 * done, 1.0), "entropic__error": 0.1},
@@ -99,6 +104,10 @@ LACKS: dict[str, list[dict[str, Any]]] = {
         {**HEALTHY, "reward": lambda done: 0.5 * (1 - done)},
         {**HEALTHY, "grad_norm": lambda done: 1 + 3 * done},
         {**CLASSIC_CLIP, "reward": lambda done: 0.5 * (1 - done), "grad_norm": lambda done: 1 + 3 * done},
+    ],
+    "par_at_bound": [
+        {**HEALTHY, "par__actuator": 0.5, "par__error": -0.1},
+        {**HEALTHY, "par__actuator": 0.0},  # by a schedule
     ],
     "entropic_at_bound": [
         {**HEALTHY, "entropic__actuator": -1.0, "entropic__error": 0.1},  # on its way

@@ -21,6 +21,7 @@ ERC = {"erc_low": 0.95, "erc_high": 1.05}
 CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "epsilon": 0.01}
 EPO = {"epo_coef": 1.0, "epo_penalty": 1.0, "epo_kappa_low": 1.0, "epo_kappa_high": 1.001}
 NLL = {"positive_nll_coef": 1.0}
+PAR = {"par_schedule": "entropy", "par_initial": 0.5}
 ENTROPIC = {"entropic_target": 0.5, "entropic_kp": 0.3, "entropic_ki": 0.3, "entropic_probability": 0.3}
 CRITICS = {"critic_learning_rate": 1e-2, "entropy_coef": 0.01}
 
@@ -41,6 +42,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "epo_schedule": (EPO, {"epo_schedule": "grow"}, POLICY),
     "epo_form": (EPO, {"epo_form": "indicator"}, POLICY),
     "epo_history": ({**EPO, "episodes": True}, {"epo_history": "per_turn"}, "metric epo/history"),
+    "par_schedule": (PAR, {"par_schedule": "stage"}, POLICY),
+    "par_target": (PAR, {"par_target": 9.0}, POLICY),
+    "par_delta": (PAR, {"par_delta": 0.5}, POLICY),
+    "par_initial": (PAR, {"par_initial": 0.1}, POLICY),
     "entropic_target": (ENTROPIC, {"entropic_target": 3.0}, POLICY),
     "entropic_kp": (ENTROPIC, {"entropic_kp": 0.0}, POLICY),
     "entropic_ki": (ENTROPIC, {"entropic_ki": 0.0}, POLICY),

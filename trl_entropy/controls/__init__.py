@@ -11,6 +11,7 @@ from .entropic import entropic
 from .epo import EntropyHistory, epo, epo_beta
 from .erc import ENTROPY_FLOOR, entropy_ratio, erc, inside_bounds
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
+from .par import par
 from .positive_nll import positive_nll
 from .table import CONTROLS
 from .tokens import PolicyTokens, TokenMean, in_float32
@@ -40,6 +41,7 @@ __all__ = [
     "inside_bounds",
     "log_importance_weight",
     "micro_batch",
+    "par",
     "positive_nll",
     "ratio_controls",
 ]

@@ -6,10 +6,12 @@ from .control import Control
 from .entropic import ENTROPIC
 from .epo import EPO
 from .erc import ERC
+from .par import PAR
 from .positive_nll import POSITIVE_NLL
 
 CONTROLS: tuple[Control, ...] = (
     CE_GPPO,
+    PAR,
     ENTROPIC,
     ERC,
     ASYPPO,

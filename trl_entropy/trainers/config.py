@@ -10,6 +10,7 @@ from ..controls.ce_gppo import CEGPPOFields
 from ..controls.entropic import EntroPICFields
 from ..controls.epo import EPOFields
 from ..controls.erc import ERCFields
+from ..controls.par import PARFields
 from ..controls.positive_nll import PositiveNLLFields
 
 
@@ -58,7 +59,7 @@ class EntropyControls(ERCFields, CEGPPOFields, EPOFields):
 
 
 @dataclass
-class EntropyGRPOConfig(EntropyControls, EntroPICFields, PositiveNLLFields, GRPOConfig):
+class EntropyGRPOConfig(EntropyControls, PARFields, EntroPICFields, PositiveNLLFields, GRPOConfig):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
 
     Each control's fields are described in its module of `trl_entropy.controls`; `trl-entropy methods` lists them.
