@@ -60,6 +60,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
         {**HEALTHY, "erc__rounding_fraction": lambda done: 0.15 if round(done * STEPS) % 8 == 1 else None},
     ],
     "ce_gppo_runaway": [{**HEALTHY, "reward": lambda done: 0.5 * (1 - done), "grad_norm": lambda done: 1 + 3 * done}],
+    "ce_gppo_loop_at_bound": [{**HEALTHY, "ce_gppo_loop__actuator": 1.0, "ce_gppo_loop__error": 0.1}],
     "par_at_bound": [
         {**HEALTHY, "par__actuator": 0.0, "par__error": -0.1},
         {**HEALTHY, "par__actuator": 1.0, "par__error": 0.1},
@@ -105,6 +106,7 @@ LACKS: dict[str, list[dict[str, Any]]] = {
         {**HEALTHY, "grad_norm": lambda done: 1 + 3 * done},
         {**CLASSIC_CLIP, "reward": lambda done: 0.5 * (1 - done), "grad_norm": lambda done: 1 + 3 * done},
     ],
+    "ce_gppo_loop_at_bound": [{**HEALTHY, "ce_gppo_loop__actuator": -1.0, "ce_gppo_loop__error": 0.1}],
     "par_at_bound": [
         {**HEALTHY, "par__actuator": 0.5, "par__error": -0.1},
         {**HEALTHY, "par__actuator": 0.0},  # by a schedule

@@ -119,6 +119,7 @@ def test_guide_is_dotted_in_the_colour_of_its_run(tmp_path: Path) -> None:
     dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
     assert [list(line.get_ydata()) for line in dotted] == [[0.3], [0.3]]
     assert [line.get_color() for line in dotted] == list(figures.COLOURS[:2])
+    assert figures._points(Run("none", [{"step": 1, "entropic/entropy": 0.5}]), loop.panels[0]) == ([], [])
     draw(loop, runs[:1], tmp_path / "loop")
     rows = list(csv.reader((tmp_path / "loop.csv").read_text(encoding="utf-8").splitlines()))[1:]
     assert [row[2:] for row in rows] == [["as logged", "1.0", "0.5"], ["entropic/set_point", "1.0", "0.3"]]

@@ -22,6 +22,7 @@ CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "epsilon": 0.01}
 EPO = {"epo_coef": 1.0, "epo_penalty": 1.0, "epo_kappa_low": 1.0, "epo_kappa_high": 1.001}
 NLL = {"positive_nll_coef": 1.0}
 PAR = {"par_schedule": "entropy", "par_initial": 0.5}
+LOOP = {**CE_GPPO, "ce_gppo_loop_target": 1.0, "ce_gppo_loop_kp": 0.3, "ce_gppo_loop_ki": 0.3}
 ENTROPIC = {"entropic_target": 0.5, "entropic_kp": 0.3, "entropic_ki": 0.3, "entropic_probability": 0.3}
 CRITICS = {"critic_learning_rate": 1e-2, "entropy_coef": 0.01}
 
@@ -42,6 +43,11 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "epo_schedule": (EPO, {"epo_schedule": "grow"}, POLICY),
     "epo_form": (EPO, {"epo_form": "indicator"}, POLICY),
     "epo_history": ({**EPO, "episodes": True}, {"epo_history": "per_turn"}, "metric epo/history"),
+    "ce_gppo_loop_target": (LOOP, {"ce_gppo_loop_target": 3.0}, POLICY),
+    "ce_gppo_loop_kp": (LOOP, {"ce_gppo_loop_kp": 0.0}, POLICY),
+    "ce_gppo_loop_ki": (LOOP, {"ce_gppo_loop_ki": 0.0}, POLICY),
+    "target_entropy": ({}, {"target_entropy": 0.5}, POLICY),
+    "target_entropy_by": ({"target_entropy": 3.0}, {"target_entropy_by": "par"}, POLICY),
     "par_schedule": (PAR, {"par_schedule": "stage"}, POLICY),
     "par_target": (PAR, {"par_target": 9.0}, POLICY),
     "par_delta": (PAR, {"par_delta": 0.5}, POLICY),

@@ -73,7 +73,7 @@ class Panel:
     Attributes:
         label: What the vertical axis shows, with its unit.
         keys: Metrics that hold it; the first that a log entry has is drawn.
-        guides: Metrics of where it should be, drawn dotted.
+        guides: Metrics of where it should be, drawn dotted; the panel is drawn for runs that have them.
         band: Metrics of a lower and an upper edge, shaded behind the lines; the panel is drawn for runs that have it.
     """
 
@@ -221,6 +221,19 @@ class State(Protocol):
 
 
 @dataclass(frozen=True)
+class TargetLoop:
+    """How a control holds the mean entropy at a target.
+
+    Attributes:
+        name: Its value of `target_entropy_by`.
+        settings: The fields to set for a target in nats, with their values.
+    """
+
+    name: str
+    settings: Callable[[float], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class Control:
     """One control.
 
@@ -242,6 +255,7 @@ class Control:
         levels: The values of `importance_sampling_level` that it can act at; `level_reason` says why no other.
         excludes: Prefixes of controls that cannot be on beside it, and why.
         steers_entropy: Whether it closes a loop on the mean entropy; two such loops at once fight.
+        target_loop: How it serves `target_entropy`; `None` if it does not.
         comes_with_critics: Whether a trainer with critics has it on.
         replaces_ppo_clip: Whether it decides instead of PPO-clip which gradients are dropped.
         needs_old_entropies: Whether it reads the rollout policy's entropies.
@@ -280,6 +294,7 @@ class Control:
     level_reason: str = ""
     excludes: tuple[tuple[str, str], ...] = ()
     steers_entropy: Switch = False
+    target_loop: TargetLoop | None = None
     comes_with_critics: bool = False
     replaces_ppo_clip: bool = False
     needs_old_entropies: Switch = False
@@ -333,5 +348,6 @@ __all__ = [
     "Panel",
     "Rollout",
     "State",
+    "TargetLoop",
     "TokenView",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_between, check_not_negative, check_positive
-from .control import LINEAR_LOSSES, Context, Control, Mark, Metric, Metrics, MicroBatch, Rollout
+from .control import LINEAR_LOSSES, Context, Control, Mark, Metric, Metrics, MicroBatch, Rollout, TargetLoop
 from .steering import EntropyLoop, constants, held_at_bound, loop_figure, loop_metrics
 from .tokens import PolicyTokens, TokenMean
 
@@ -126,6 +126,7 @@ ENTROPIC = Control(
     levels=("token",),
     level_reason="which mixes the weights of a sequence's tokens, and EntroPIC's are per token",
     steers_entropy=True,
+    target_loop=TargetLoop("entropic", lambda target: {"entropic_target": target}),
     needs_old_entropies=True,
     needs_rollout_pass=True,
     state=lambda config: EntropyLoop(),

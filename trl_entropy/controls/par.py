@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_between, check_positive
-from .control import LINEAR_LOSSES, Context, Control, Metric, Metrics, MicroBatch, Rollout
+from .control import LINEAR_LOSSES, Context, Control, Metric, Metrics, MicroBatch, Rollout, TargetLoop
 from .steering import EntropyLoop, constants, held_at_bound, loop_figure, loop_metrics
 from .tokens import PolicyTokens, TokenMean
 
@@ -175,6 +175,7 @@ PAR = Control(
     loss_types=LINEAR_LOSSES,
     loss_reason="whose weights couple the tokens of a sequence",
     steers_entropy=by_entropy,
+    target_loop=TargetLoop("par", lambda target: {"par_schedule": "entropy", "par_target": target}),
     needs_old_entropies=by_entropy,
     needs_rollout_pass=by_entropy,
     state=lambda config: EntropyLoop(config.par_initial),

@@ -2,20 +2,24 @@
 
 from .asyppo import ASYPPO
 from .ce_gppo import CE_GPPO
+from .ce_gppo_loop import CE_GPPO_LOOP
 from .control import Control
 from .entropic import ENTROPIC
 from .epo import EPO
 from .erc import ERC
 from .par import PAR
 from .positive_nll import POSITIVE_NLL
+from .target_entropy import COEFFICIENT
 
 CONTROLS: tuple[Control, ...] = (
     CE_GPPO,
+    CE_GPPO_LOOP,
     PAR,
     ENTROPIC,
     ERC,
     ASYPPO,
     EPO,
     POSITIVE_NLL,
+    COEFFICIENT,
 )
 """In the order in which they act on a token, each on what the one before left."""

@@ -179,8 +179,10 @@ def _canvas(figure: Figure, runs: Sequence[Run]) -> "Canvas":
 
 
 def _points(run: Run, panel: Panel) -> tuple[list[float], list[float]]:
-    """What a panel shows of a run; nothing if the run lacks the panel's band."""
+    """What a panel shows of a run; nothing if the run lacks the panel's band or a guide."""
     if panel.band and not _band(run, panel.band)[0]:
+        return [], []
+    if not all(series(run.log_history, (key,))[0] for key in panel.guides):
         return [], []
     return series(run.log_history, panel.keys)
 

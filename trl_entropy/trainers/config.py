@@ -7,11 +7,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..controls import CONTROLS, Control, controls_of, ratio_controls
 from ..controls.ce_gppo import CEGPPOFields
+from ..controls.ce_gppo_loop import CEGPPOLoopFields
 from ..controls.entropic import EntroPICFields
 from ..controls.epo import EPOFields
 from ..controls.erc import ERCFields
 from ..controls.par import PARFields
 from ..controls.positive_nll import PositiveNLLFields
+from ..controls.target_entropy import TargetEntropyFields, serve_target_entropy
 
 
 @dataclass
@@ -30,6 +32,7 @@ class EntropyControls(ERCFields, CEGPPOFields, EPOFields):
 
     def check_controls(self) -> None:
         """Refuse what a control cannot work with, and controls that exclude each other."""
+        serve_target_entropy(self, CONTROLS)
         for control in CONTROLS:
             if control.known_to(self):
                 control.check(self)
@@ -59,7 +62,9 @@ class EntropyControls(ERCFields, CEGPPOFields, EPOFields):
 
 
 @dataclass
-class EntropyGRPOConfig(EntropyControls, PARFields, EntroPICFields, PositiveNLLFields, GRPOConfig):
+class EntropyGRPOConfig(
+    EntropyControls, CEGPPOLoopFields, PARFields, EntroPICFields, PositiveNLLFields, TargetEntropyFields, GRPOConfig
+):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
 
     Each control's fields are described in its module of `trl_entropy.controls`; `trl-entropy methods` lists them.
