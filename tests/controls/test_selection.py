@@ -108,3 +108,16 @@ def test_bfloat16_scores_and_infinities():
 def test_fraction_out_of_range(fraction):
     with pytest.raises(ValueError, match="must be in"):
         lowest_fraction(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), fraction, identity)
+
+
+def test_at_least():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    scores = torch.tensor([[2.0, 3.0, 0.0], [1.0, 0.0, 0.0]])
+    lowest, highest = (
+        torch.tensor([[False] * 3, [True, False, False]]),
+        torch.tensor([[False, True, False], [False] * 3]),
+    )
+    for fraction in (0.0, 0.2):
+        assert torch.equal(lowest_fraction(scores, mask, fraction, identity, at_least=1), lowest)
+        assert torch.equal(highest_fraction(scores, mask, fraction, identity, at_least=1), highest)
+    assert torch.equal(lowest_fraction(scores, mask, 0.5, identity, at_least=9), mask)

@@ -7,10 +7,12 @@ carry no autograd graph: they decide how much gradient a token gets and are neve
 from .ce_gppo import ce_gppo
 from .compose import ActiveControls, clip_controls, controls_of, micro_batch, ratio_controls
 from .control import Context, Control, MicroBatch, Rollout
+from .covariance import covariance
 from .entropic import entropic
 from .epo import EntropyHistory, epo, epo_beta
 from .erc import ENTROPY_FLOOR, entropy_ratio, erc, inside_bounds
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
+from .kl_cov import kl_cov
 from .par import par
 from .positive_nll import positive_nll
 from .table import CONTROLS
@@ -32,6 +34,7 @@ __all__ = [
     "clip_controls",
     "clipped_by_ppo",
     "controls_of",
+    "covariance",
     "entropic",
     "entropy_ratio",
     "epo",
@@ -39,6 +42,7 @@ __all__ = [
     "erc",
     "in_float32",
     "inside_bounds",
+    "kl_cov",
     "log_importance_weight",
     "micro_batch",
     "par",

@@ -12,7 +12,7 @@ Gather = Callable[[Tensor], Tensor]
 
 
 def lowest_fraction(
-    scores: Tensor, mask: Tensor, fraction: float, gather: Gather, *, rank: int | None = None
+    scores: Tensor, mask: Tensor, fraction: float, gather: Gather, *, at_least: int = 0, rank: int | None = None
 ) -> Tensor:
     """The `floor(fraction * N)` lowest-scoring of the `N` valid tokens of the global batch.
 
@@ -26,6 +26,7 @@ def lowest_fraction(
         mask: True for valid tokens, bool `(B, T)`. `T` may differ between processes.
         fraction: In [0, 1].
         gather: Concatenates a 1-D tensor, of one length on all processes, in the order of their ranks.
+        at_least: So many are selected where `fraction` is fewer and the batch has them.
         rank: This process's place in that order. Default: its rank in `torch.distributed`, 0 without it.
 
     Returns:
@@ -37,7 +38,7 @@ def lowest_fraction(
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction={fraction} must be in [0, 1]. Published: 0.2.")
     selected = torch.zeros_like(mask)
-    if fraction == 0.0:
+    if fraction == 0.0 and not at_least:
         return selected
     values = scores.detach()[mask]
     counts = gather(values.new_tensor([len(values)], dtype=torch.int64)).tolist()
@@ -47,14 +48,14 @@ def lowest_fraction(
     chosen = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
     # a stable sort keeps equal scores in global order, and puts NaN last
     order = torch.sort(pool, stable=True).indices
-    chosen[order[: math.floor(Fraction(str(fraction)) * len(pool))]] = True
+    chosen[order[: max(math.floor(Fraction(str(fraction)) * len(pool)), at_least)]] = True
     start = sum(counts[: _own_rank() if rank is None else rank])
     selected[mask] = chosen[start : start + len(values)]
     return selected
 
 
 def highest_fraction(
-    scores: Tensor, mask: Tensor, fraction: float, gather: Gather, *, rank: int | None = None
+    scores: Tensor, mask: Tensor, fraction: float, gather: Gather, *, at_least: int = 0, rank: int | None = None
 ) -> Tensor:
     """The `floor(fraction * N)` highest-scoring of the `N` valid tokens of the global batch.
 
@@ -63,6 +64,7 @@ def highest_fraction(
         mask: See there.
         fraction: See there.
         gather: See there.
+        at_least: See there.
         rank: See there.
 
     Returns:
@@ -71,7 +73,7 @@ def highest_fraction(
     Raises:
         ValueError: If `fraction` is not in [0, 1].
     """
-    return lowest_fraction(-scores, mask, fraction, gather, rank=rank)
+    return lowest_fraction(-scores, mask, fraction, gather, at_least=at_least, rank=rank)
 
 
 def _global_values(values: Tensor, counts: list[int], gather: Gather) -> Tensor:

@@ -7,6 +7,7 @@ from .control import Control
 from .entropic import ENTROPIC
 from .epo import EPO
 from .erc import ERC
+from .kl_cov import KL_COV
 from .par import PAR
 from .positive_nll import POSITIVE_NLL
 from .target_entropy import COEFFICIENT
@@ -17,6 +18,7 @@ CONTROLS: tuple[Control, ...] = (
     PAR,
     ENTROPIC,
     ERC,
+    KL_COV,
     ASYPPO,
     EPO,
     POSITIVE_NLL,

@@ -11,6 +11,7 @@ from ..controls.ce_gppo_loop import CEGPPOLoopFields
 from ..controls.entropic import EntroPICFields
 from ..controls.epo import EPOFields
 from ..controls.erc import ERCFields
+from ..controls.kl_cov import KLCovFields
 from ..controls.par import PARFields
 from ..controls.positive_nll import PositiveNLLFields
 from ..controls.target_entropy import TargetEntropyFields, serve_target_entropy
@@ -63,7 +64,14 @@ class EntropyControls(ERCFields, CEGPPOFields, EPOFields):
 
 @dataclass
 class EntropyGRPOConfig(
-    EntropyControls, CEGPPOLoopFields, PARFields, EntroPICFields, PositiveNLLFields, TargetEntropyFields, GRPOConfig
+    EntropyControls,
+    CEGPPOLoopFields,
+    PARFields,
+    EntroPICFields,
+    PositiveNLLFields,
+    TargetEntropyFields,
+    KLCovFields,
+    GRPOConfig,
 ):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
 
