@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from trl_entropy.controls.selection import global_uniform
 from trl_entropy.critics import highest_fraction, lowest_fraction
 
 
@@ -121,3 +122,18 @@ def test_at_least():
         assert torch.equal(lowest_fraction(scores, mask, fraction, identity, at_least=1), lowest)
         assert torch.equal(highest_fraction(scores, mask, fraction, identity, at_least=1), highest)
     assert torch.equal(lowest_fraction(scores, mask, 0.5, identity, at_least=9), mask)
+
+
+def test_uniform_numbers_by_place_in_the_global_batch():
+    _, mask = batch(7)
+    draw = torch.Generator().manual_seed(3)
+    whole = global_uniform(mask, draw, identity)
+    expected = torch.rand(int(mask.sum()), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(whole[mask], expected)
+    assert (whole[~mask] == 1.0).all()
+
+    def uniform(mask, seed, gather, rank):
+        return global_uniform(mask, torch.Generator().manual_seed(seed), gather, rank=rank)
+
+    found = on_processes(uniform, [(part,) for part in mask.split([3, 5])], 3)
+    assert torch.equal(torch.cat(found), whole)

@@ -25,6 +25,7 @@ PAR = {"par_schedule": "entropy", "par_initial": 0.5}
 LOOP = {**CE_GPPO, "ce_gppo_loop_target": 1.0, "ce_gppo_loop_kp": 0.3, "ce_gppo_loop_ki": 0.3}
 ENTROPIC = {"entropic_target": 0.5, "entropic_kp": 0.3, "entropic_ki": 0.3, "entropic_probability": 0.3}
 KL_COV = {"kl_cov_coef": 1.0, "kl_cov_fraction": 0.2, "epsilon": 0.01}
+CLIP_COV = {"clip_cov_fraction": 0.1, "clip_cov_low": 0.05, "clip_cov_high": 0.8}
 CRITICS = {"critic_learning_rate": 1e-2, "entropy_coef": 0.01}
 
 POLICY, CRITIC, RECORD = "policy", "critic", "record"
@@ -63,6 +64,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "kl_cov_fraction": (KL_COV, {"kl_cov_fraction": 0.5}, POLICY),
     "kl_cov_selection": (KL_COV, {"kl_cov_selection": "micro_batch"}, POLICY),
     "kl_cov_ppo_clip": (KL_COV, {"kl_cov_ppo_clip": True}, POLICY),
+    "clip_cov_fraction": (CLIP_COV, {"clip_cov_fraction": 0.01}, POLICY),
+    "clip_cov_low": (CLIP_COV, {"clip_cov_low": 0.5}, POLICY),
+    "clip_cov_high": (CLIP_COV, {"clip_cov_high": 0.1}, POLICY),
+    "clip_cov_selection": (CLIP_COV, {"clip_cov_selection": "micro_batch"}, POLICY),
     "record_tokens": ({}, {"record_tokens": 4}, RECORD),
     "num_critics": (CRITICS, {"num_critics": 3}, "metric asyppo/critic_2/loss"),
     "critic_learning_rate": (CRITICS, {"critic_learning_rate": 1e-3}, CRITIC),

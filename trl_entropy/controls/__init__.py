@@ -5,6 +5,7 @@ carry no autograd graph: they decide how much gradient a token gets and are neve
 """
 
 from .ce_gppo import ce_gppo
+from .clip_cov import clip_cov
 from .compose import ActiveControls, clip_controls, controls_of, micro_batch, ratio_controls
 from .control import Context, Control, MicroBatch, Rollout
 from .covariance import covariance
@@ -32,6 +33,7 @@ __all__ = [
     "bounded_old_logps",
     "ce_gppo",
     "clip_controls",
+    "clip_cov",
     "clipped_by_ppo",
     "controls_of",
     "covariance",

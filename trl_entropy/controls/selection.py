@@ -76,6 +76,42 @@ def highest_fraction(
     return lowest_fraction(-scores, mask, fraction, gather, at_least=at_least, rank=rank)
 
 
+def global_uniform(mask: Tensor, generator: torch.Generator, gather: Gather, *, rank: int | None = None) -> Tensor:
+    """A uniform random number for each valid token of the global batch, however its rows are split over processes.
+
+    Args:
+        mask: True for valid tokens, bool `(B, T)`.
+        generator: On the CPU, in the same state on all processes.
+        gather: See `lowest_fraction`.
+        rank: See there.
+
+    Returns:
+        In [0, 1), and 1 where `mask` is False; float32 `(B, T)`.
+    """
+    count = mask.sum()
+    counts = gather(count.unsqueeze(0)).tolist()
+    start = sum(counts[: _own_rank() if rank is None else rank])
+    numbers = torch.ones(mask.shape, device=mask.device)
+    drawn = torch.rand(sum(counts), generator=generator)
+    numbers[mask] = drawn[start : start + int(count)].to(mask.device)
+    return numbers
+
+
+def own_rows(pool: Tensor, num_rows: int, *, rank: int | None = None) -> Tensor:
+    """This process's rows of a tensor over the rows of all processes.
+
+    Args:
+        pool: `(N, ...)`, the processes' rows in the order of their ranks.
+        num_rows: Rows of each process.
+        rank: See `lowest_fraction`.
+
+    Returns:
+        `(num_rows, ...)`.
+    """
+    start = num_rows * (_own_rank() if rank is None else rank)
+    return pool[start : start + num_rows]
+
+
 def _global_values(values: Tensor, counts: list[int], gather: Gather) -> Tensor:
     """The valid scores of all processes in global order, `(sum(counts),)`."""
     longest = max(counts)

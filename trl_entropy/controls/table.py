@@ -3,6 +3,7 @@
 from .asyppo import ASYPPO
 from .ce_gppo import CE_GPPO
 from .ce_gppo_loop import CE_GPPO_LOOP
+from .clip_cov import CLIP_COV
 from .control import Control
 from .entropic import ENTROPIC
 from .epo import EPO
@@ -18,6 +19,7 @@ CONTROLS: tuple[Control, ...] = (
     PAR,
     ENTROPIC,
     ERC,
+    CLIP_COV,
     KL_COV,
     ASYPPO,
     EPO,

@@ -8,6 +8,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ..controls import CONTROLS, Control, controls_of, ratio_controls
 from ..controls.ce_gppo import CEGPPOFields
 from ..controls.ce_gppo_loop import CEGPPOLoopFields
+from ..controls.clip_cov import ClipCovFields
 from ..controls.entropic import EntroPICFields
 from ..controls.epo import EPOFields
 from ..controls.erc import ERCFields
@@ -71,6 +72,7 @@ class EntropyGRPOConfig(
     PositiveNLLFields,
     TargetEntropyFields,
     KLCovFields,
+    ClipCovFields,
     GRPOConfig,
 ):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
