@@ -230,7 +230,8 @@ FLAGS = {
 def write_recorded_run(folder: Path, **columns: Any) -> Path:
     """A run with 40 sampled tokens, and a completion of 40 tokens that is recorded whole."""
     write_run(folder, history())
-    write_record(folder, 40, step=1, settings=CONTROLS, **FLAGS)
+    every = {mark.column: [1, 0, 0, 0] * 10 for mark in MARKS}
+    write_record(folder, 40, step=1, settings=CONTROLS, **{**every, **FLAGS})
     write_record(folder, 40, step=2, whole=1, settings=CONTROLS, **{**FLAGS, **columns})
     return folder
 

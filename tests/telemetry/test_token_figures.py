@@ -12,6 +12,7 @@ import pytest
 from tests.telemetry.made_record import make_record
 from tests.telemetry.test_figures import texts
 from trl_entropy.telemetry import token_figures
+from trl_entropy.telemetry.completions import MARKS
 from trl_entropy.telemetry.figures import CSV_HEADER
 from trl_entropy.telemetry.token_drawing import draw_tokens
 from trl_entropy.telemetry.token_figures import (
@@ -138,6 +139,7 @@ def test_disagreement_shows_what_was_masked(tmp_path: Path) -> None:
 
 
 EVERYTHING = {
+    **{mark.column: [1, 0, 0, 0] * 10 for mark in MARKS},
     "erc_clipped": [0, 1] * 20,
     "turn": [0] * 20 + [1] * 20,
     "value_std": [0.1, 0.2] * 20,

@@ -19,6 +19,7 @@ from trl_entropy.telemetry.record import read_record
 
 ERC = {"erc_low": 0.95, "erc_high": 1.05}
 CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "epsilon": 0.01}
+DPPO = {"dppo_divergence": "tv", "dppo_delta_low": 1e-3, "dppo_delta_high": 1e-3}
 EPO = {"epo_coef": 1.0, "epo_penalty": 1.0, "epo_kappa_low": 1.0, "epo_kappa_high": 1.001}
 NLL = {"positive_nll_coef": 1.0}
 PAR = {"par_schedule": "entropy", "par_initial": 0.5}
@@ -37,6 +38,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "erc_target_fraction": ({**ERC, "max_steps": 6}, {"erc_target_fraction": 0.9}, POLICY),
     "ce_gppo_alpha1": (CE_GPPO, {"ce_gppo_alpha1": 0.1}, POLICY),
     "ce_gppo_alpha2": (CE_GPPO, {"ce_gppo_alpha2": 0.1}, POLICY),
+    "dppo_divergence": (DPPO, {"dppo_divergence": "kl"}, POLICY),
+    "dppo_delta_low": (DPPO, {"dppo_delta_low": 0.1}, POLICY),
+    "dppo_delta_high": (DPPO, {"dppo_delta_high": 0.1}, POLICY),
+    "dppo_truncation": ({**DPPO, "dppo_delta_high": 1.0}, {"dppo_truncation": 1.0}, POLICY),
     "epo_coef": (EPO, {"epo_coef": 0.0}, POLICY),
     "epo_kappa_low": (EPO, {"epo_kappa_low": 0.5}, POLICY),
     "epo_kappa_high": (EPO, {"epo_kappa_high": 2.0}, POLICY),

@@ -65,7 +65,9 @@ def excluded(control: Control) -> list[str]:
 
 def acts(control: Control) -> str:
     """When a control acts, in words."""
-    return "always" if control.acts_on_policy else "off-policy"
+    if control.acts_on_policy:
+        return "always"
+    return "off-policy, or with vLLM" if control.reads_sampler else "off-policy"
 
 
 def defaults(control: Control) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from .clip_cov import clip_cov
 from .compose import ActiveControls, clip_controls, controls_of, micro_batch, ratio_controls
 from .control import Context, Control, MicroBatch, Rollout
 from .covariance import covariance
+from .dppo import binary_divergence, dppo
 from .entropic import entropic
 from .epo import EntropyHistory, epo, epo_beta
 from .erc import ENTROPY_FLOOR, entropy_ratio, erc, inside_bounds
@@ -30,6 +31,7 @@ __all__ = [
     "PolicyTokens",
     "Rollout",
     "TokenMean",
+    "binary_divergence",
     "bounded_old_logps",
     "ce_gppo",
     "clip_controls",
@@ -37,6 +39,7 @@ __all__ = [
     "clipped_by_ppo",
     "controls_of",
     "covariance",
+    "dppo",
     "entropic",
     "entropy_ratio",
     "epo",

@@ -251,6 +251,8 @@ class Control:
         fields: Fields of the configuration that are its settings.
         check: Refuses values out of range; called with every configuration that has the fields.
         acts_on_policy: Whether it acts where a rollout is used for one optimizer step, so that all ratios are 1.
+        reads_sampler: Whether it compares with the log-probs that an inference engine sampled by, where there is one:
+            the engine's rounding is then a difference on-policy too.
         loss_types: TRL's loss types that it can act on, `None` for all; `loss_reason` says why no other.
         levels: The values of `importance_sampling_level` that it can act at; `level_reason` says why no other.
         excludes: Prefixes of controls that cannot be on beside it, and why.
@@ -288,6 +290,7 @@ class Control:
     fields: tuple[str, ...]
     check: Callable[[Any], None] = lambda config: None
     acts_on_policy: bool = True
+    reads_sampler: bool = False
     loss_types: tuple[str, ...] | None = None
     loss_reason: str = ""
     levels: tuple[str, ...] = ("token", "sequence")
@@ -328,6 +331,10 @@ class Control:
         switches = {name: getattr(self, name) for name in SWITCHES}
         decided = {name: switch(config) for name, switch in switches.items() if callable(switch)}
         return replace(self, **decided) if decided else self
+
+    def idle_on_policy(self, config: Any) -> bool:
+        """Whether it has nothing to do where a configuration uses a rollout for one optimizer step."""
+        return not self.acts_on_policy and not (self.reads_sampler and getattr(config, "use_vllm", False))
 
     def settings_of(self, config: Any) -> dict[str, Any]:
         """Its fields in a configuration, with their values."""

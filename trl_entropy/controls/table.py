@@ -5,6 +5,7 @@ from .ce_gppo import CE_GPPO
 from .ce_gppo_loop import CE_GPPO_LOOP
 from .clip_cov import CLIP_COV
 from .control import Control
+from .dppo import DPPO
 from .entropic import ENTROPIC
 from .epo import EPO
 from .erc import ERC
@@ -14,6 +15,7 @@ from .positive_nll import POSITIVE_NLL
 from .target_entropy import COEFFICIENT
 
 CONTROLS: tuple[Control, ...] = (
+    DPPO,
     CE_GPPO,
     CE_GPPO_LOOP,
     PAR,

@@ -9,6 +9,7 @@ from ..controls import CONTROLS, Control, controls_of, ratio_controls
 from ..controls.ce_gppo import CEGPPOFields
 from ..controls.ce_gppo_loop import CEGPPOLoopFields
 from ..controls.clip_cov import ClipCovFields
+from ..controls.dppo import DPPOFields
 from ..controls.entropic import EntroPICFields
 from ..controls.epo import EPOFields
 from ..controls.erc import ERCFields
@@ -73,6 +74,7 @@ class EntropyGRPOConfig(
     TargetEntropyFields,
     KLCovFields,
     ClipCovFields,
+    DPPOFields,
     GRPOConfig,
 ):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
@@ -156,8 +158,8 @@ class EntropyGRPOConfig(
 
     def _warn_if_on_policy(self) -> None:
         updates = self.steps_per_generation * self.num_iterations
-        if self.ratio_controls and self.gradient_accumulation_steps % updates == 0:
-            methods = self.ratio_controls
+        methods = " and ".join(control.name for control in controls_of(self) if control.idle_on_policy(self))
+        if methods and self.gradient_accumulation_steps % updates == 0:
             warnings.warn(
                 f"{methods} will do nothing: with steps_per_generation={self.steps_per_generation}, num_iterations="
                 f"{self.num_iterations} and gradient_accumulation_steps={self.gradient_accumulation_steps}, every "
