@@ -103,6 +103,9 @@ def shape(
 CE_GPPO_LOOP = Control(
     name="CE-GPPO to a target",
     prefix="ce_gppo_loop",
+    summary="CE-GPPO's weights hold the mean entropy: `alpha1 (1 + a)`, `alpha2 (1 - a)`, with EntroPIC's "
+    "controller `a`.",
+    published="in no paper",
     paper="CE-GPPO: Coordinating Entropy via Gradient-Preserving Clipping Policy Optimization in Reinforcement "
     "Learning",
     arxiv="2509.20712",

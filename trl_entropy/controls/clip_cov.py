@@ -168,6 +168,9 @@ def nothing_between_the_bounds(log_history: LogHistory) -> Finding | None:
 CLIP_COV = Control(
     name="Clip-Cov",
     prefix="clip_cov",
+    summary="A few tokens of large covariance of log-prob and advantage, drawn at random, get no gradient. "
+    "Published with `epsilon` 1.",
+    published="0.0002, 1, 5",
     paper="The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models",
     arxiv="2505.22617",
     fields=("clip_cov_fraction", "clip_cov_low", "clip_cov_high", "clip_cov_selection"),

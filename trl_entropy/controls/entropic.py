@@ -116,6 +116,9 @@ def shape(
 ENTROPIC = Control(
     name="EntroPIC",
     prefix="entropic",
+    summary="A proportional-integral controller holds the mean entropy at a target, from both sides: it weights "
+    "the loss of probable tokens up or down by the sign of their advantage.",
+    published="0.1 (rollouts at temperature 0.6), 1, 0.01, 0.95",
     paper="EntroPIC: Towards Stable Long-Term Training of LLMs via Entropy Stabilization with "
     "Proportional-Integral Control",
     arxiv="2511.15248",

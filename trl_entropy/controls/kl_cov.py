@@ -204,6 +204,9 @@ def shape(batch: MicroBatch, tokens: PolicyTokens, context: Context, state: None
 KL_COV = Control(
     name="KL-Cov",
     prefix="kl_cov",
+    summary="The tokens of a rollout whose log-prob and advantage covary most pay a penalty on how far they have "
+    "moved, `beta |lp - lp_old|`; the others have no PPO-clip.",
+    published="1, 0.002 (7B) or 0.0002 (32B)",
     paper="The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models",
     arxiv="2505.22617",
     fields=("kl_cov_coef", "kl_cov_fraction", "kl_cov_selection", "kl_cov_ppo_clip"),

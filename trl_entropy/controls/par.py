@@ -168,6 +168,9 @@ def by_entropy(config: Any) -> bool:
 PAR = Control(
     name="PAR",
     prefix="par",
+    summary="Tokens with a positive advantage, which make the entropy fall, count `lambda` times: by the entropy "
+    "against a target, or by a schedule (`stage`, `epoch`).",
+    published="`entropy`, 0.2, 0.05, 0",
     paper="Revisiting Entropy in Reinforcement Learning for Large Reasoning Models",
     arxiv="2511.05993",
     fields=("par_schedule", "par_target", "par_delta", "par_initial"),

@@ -90,7 +90,7 @@ def _is_correct(rewards: Tensor, context: Context) -> Tensor:
 POSITIVE_NLL = Control(
     name="Positive NLL",
     prefix="positive_nll",
-    summary="Adds the token-mean negative log-likelihood of the correct completions. Every released ERC and CE- "
+    summary="Adds the token-mean negative log-likelihood of the correct completions. Every released ERC and CE-"
     "GPPO script has it: to measure a method alone, set it to 0.",
     published="0.1",
     paper="Klear-Reasoner: Advancing Reasoning Capability via Gradient-Preserving Clipping Policy Optimization",

@@ -86,6 +86,9 @@ def on_rollout(rollout: Rollout, context: Context, state: None) -> tuple[Mapping
 COEFFICIENT = Control(
     name="TRL's adaptive coefficient",
     prefix="coefficient",
+    summary="One field for the loop that shall hold the mean entropy: `entropic`, `par`, `stare`, `ce_gppo`, or, "
+    "this row, TRL's adaptive `coefficient`.",
+    published="0.2 with `coefficient`",
     paper="Skywork Open Reasoner 1 Technical Report",
     arxiv="2505.22312",
     fields=("target_entropy", "target_entropy_by"),
