@@ -18,7 +18,7 @@ EDITS = {
         ("    ASYPPO,\n", "    BRAKE,\n    ASYPPO,\n"),
     ),
     "trainers/config.py": (
-        ("from ..controls.ce_gppo", "from ..controls.brake import BrakeFields\nfrom ..controls.ce_gppo"),
+        ("from ..controls.ce_gppo import", "from ..controls.brake import BrakeFields\nfrom ..controls.ce_gppo import"),
         ("class EntropyControls(ERCFields,", "class EntropyControls(BrakeFields, ERCFields,"),
     ),
 }

@@ -136,7 +136,7 @@ def test_a_micro_batch_without_the_column_is_refused(selection):
         ({"clip_cov_fraction": -0.1}, r"clip_cov_fraction=-0.1 must be in \[0, 1\]"),
         ({"clip_cov_fraction": 1.5}, "clip_cov_fraction=1.5"),
         ({"clip_cov_fraction": math.nan}, "clip_cov_fraction=nan"),
-        ({"clip_cov_fraction": "0.1"}, "clip_cov_fraction=0.1 must be in"),
+        ({"clip_cov_fraction": "0.1"}, "clip_cov_fraction='0.1' must be in"),
         ({"clip_cov_low": 0.6}, "clip_cov_low=0.6 and clip_cov_high=0.6 must be numbers with"),
         ({"clip_cov_low": math.nan}, "clip_cov_low=nan"),
         ({"clip_cov_high": None}, "clip_cov_high=None"),

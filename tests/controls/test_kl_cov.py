@@ -149,7 +149,7 @@ def test_a_micro_batch_without_the_column_is_refused():
     [
         ({"kl_cov_coef": -1.0}, "kl_cov_coef=-1.0 must be finite and at least 0"),
         ({"kl_cov_coef": math.nan}, "kl_cov_coef=nan must be finite"),
-        ({"kl_cov_coef": "1"}, "kl_cov_coef=1 must be finite"),
+        ({"kl_cov_coef": "1"}, "kl_cov_coef='1' must be finite"),
         ({"kl_cov_fraction": 0.0}, r"kl_cov_fraction=0.0 must be in \(0, 1\]"),
         ({"kl_cov_fraction": 1.1}, "kl_cov_fraction=1.1"),
         ({"kl_cov_fraction": math.nan}, "kl_cov_fraction=nan"),
