@@ -25,6 +25,7 @@ NLL = {"positive_nll_coef": 0.1}
 EPO = {"epo_coef": 0.1}
 # No `entropy_coef`: TRL's own bonus is a mean over each process's tokens. The entropy filter gates EPO's here.
 ASYPPO = {"critic_learning_rate": 1e-3}
+STARE = {"stare_target_entropy": 9.0, "stare_variant": "C2", "stare_fraction": 0.3, "stare_adaptive_step": 0.1}
 CONTROLS: dict[str, dict[str, Any]] = {
     "none": {},
     "erc": ERC,
@@ -33,11 +34,18 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "epo": EPO,
     "epo_per_turn": {**EPO, "epo_history": "per_turn"},
     "all": {**ERC, **CE_GPPO, **NLL, **EPO},
+    "stare": STARE,
     "asyppo": ASYPPO,
     "asyppo_all": {**ASYPPO, **ERC, **CE_GPPO, **NLL, **EPO},
 }
+TOKEN_LEVEL = ("stare",)
 CASES = [
-    *itertools.product([name for name in CONTROLS if "asyppo" not in name], ["dapo", "grpo"], ["token", "sequence"]),
+    *itertools.product(
+        [name for name in CONTROLS if "asyppo" not in name and name not in TOKEN_LEVEL],
+        ["dapo", "grpo"],
+        ["token", "sequence"],
+    ),
+    *((name, "dapo", "token") for name in TOKEN_LEVEL),
     ("asyppo", "dapo", "token"),
     ("asyppo_all", "grpo", "sequence"),
 ]
@@ -130,7 +138,7 @@ def run_case(model: str, folder: str, case: tuple[str, str, str]) -> dict[str, A
     return {
         "gradients": {name: value.grad for name, value in trainer.model.named_parameters()},
         "metrics": trainer.control_metrics() | critic_metrics(trainer),
-        "history": trainer.control_state()["epo"]["steps"],
+        "history": trainer.control_state().get("epo", {"steps": []})["steps"],
         "processes": trainer.accelerator.num_processes,
     }
 

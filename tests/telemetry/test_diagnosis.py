@@ -70,6 +70,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
         {**HEALTHY, "entropic__actuator": lambda done: min(2 * done, 1.0), "entropic__error": 0.1},
     ],
     "nothing_between_the_bounds": [{**HEALTHY, "clip_cov__candidate_fraction": 0.0}],
+    "stare_does_not_hold": [{**HEALTHY, "stare__gate": 1.0, "stare__entropy": lambda done: 0.3 - 0.2 * done}],
     "critic_explains_nothing": [
         {**CRITICS, "asyppo__explained_variance": 0.01},
         {**CRITICS, "asyppo__explained_variance": lambda done: 0.2 - 0.5 * done},
@@ -117,6 +118,14 @@ LACKS: dict[str, list[dict[str, Any]]] = {
         {**HEALTHY, "entropic__actuator": lambda done: 0.99 * min(2 * done, 1.0), "entropic__error": 0.1},
     ],
     "nothing_between_the_bounds": [HEALTHY, {**HEALTHY, "clip_cov__candidate_fraction": lambda done: 0.1 * done}],
+    "stare_does_not_hold": [
+        {**HEALTHY, "stare__gate": 1.0, "stare__entropy": 0.2},
+        {
+            **HEALTHY,
+            "stare__gate": lambda done: float(done != 0.9),
+            "stare__entropy": lambda done: 0.3 - 0.2 * done,
+        },
+    ],
     "critic_explains_nothing": [CRITICS],
     "groups_without_variance": [
         {**HEALTHY, "frac_reward_zero_std": 0.45},

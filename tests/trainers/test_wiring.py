@@ -20,6 +20,8 @@ from trl_entropy.telemetry.record import read_record
 ERC = {"erc_low": 0.95, "erc_high": 1.05}
 CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "epsilon": 0.01}
 DPPO = {"dppo_divergence": "tv", "dppo_delta_low": 1e-3, "dppo_delta_high": 1e-3}
+STARE = {"stare_target_entropy": 9.0, "stare_variant": "C2"}
+ADAPTIVE_STARE = {**STARE, "stare_adaptive_step": 0.5}
 EPO = {"epo_coef": 1.0, "epo_penalty": 1.0, "epo_kappa_low": 1.0, "epo_kappa_high": 1.001}
 NLL = {"positive_nll_coef": 1.0}
 PAR = {"par_schedule": "entropy", "par_initial": 0.5}
@@ -42,6 +44,14 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dppo_delta_low": (DPPO, {"dppo_delta_low": 0.1}, POLICY),
     "dppo_delta_high": (DPPO, {"dppo_delta_high": 0.1}, POLICY),
     "dppo_truncation": ({**DPPO, "dppo_delta_high": 1.0}, {"dppo_truncation": 1.0}, POLICY),
+    "stare_target_entropy": (STARE, {"stare_target_entropy": 0.01}, POLICY),
+    "stare_variant": (STARE, {"stare_variant": "O1"}, POLICY),
+    "stare_fraction": (STARE, {"stare_fraction": 0.5}, POLICY),
+    "stare_positive_weight": (STARE, {"stare_positive_weight": 1.4}, POLICY),
+    "stare_negative_weight": (STARE, {"stare_negative_weight": 0.6}, POLICY),
+    "stare_adaptive_step": (STARE, {"stare_adaptive_step": 0.2}, POLICY),
+    "stare_positive_max": (ADAPTIVE_STARE, {"stare_positive_max": 1.2}, POLICY),
+    "stare_negative_min": (ADAPTIVE_STARE, {"stare_negative_min": 0.8}, POLICY),
     "epo_coef": (EPO, {"epo_coef": 0.0}, POLICY),
     "epo_kappa_low": (EPO, {"epo_kappa_low": 0.5}, POLICY),
     "epo_kappa_high": (EPO, {"epo_kappa_high": 2.0}, POLICY),

@@ -17,6 +17,7 @@ from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
 from .kl_cov import kl_cov
 from .par import par
 from .positive_nll import positive_nll
+from .stare import stare_weights
 from .table import CONTROLS
 from .tokens import PolicyTokens, TokenMean, in_float32
 
@@ -53,4 +54,5 @@ __all__ = [
     "par",
     "positive_nll",
     "ratio_controls",
+    "stare_weights",
 ]

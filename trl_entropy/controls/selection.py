@@ -12,7 +12,14 @@ Gather = Callable[[Tensor], Tensor]
 
 
 def lowest_fraction(
-    scores: Tensor, mask: Tensor, fraction: float, gather: Gather, *, at_least: int = 0, rank: int | None = None
+    scores: Tensor,
+    mask: Tensor,
+    fraction: float,
+    gather: Gather,
+    *,
+    at_least: int = 0,
+    round_up: bool = False,
+    rank: int | None = None,
 ) -> Tensor:
     """The `floor(fraction * N)` lowest-scoring of the `N` valid tokens of the global batch.
 
@@ -27,6 +34,7 @@ def lowest_fraction(
         fraction: In [0, 1].
         gather: Concatenates a 1-D tensor, of one length on all processes, in the order of their ranks.
         at_least: So many are selected where `fraction` is fewer and the batch has them.
+        round_up: Whether it is `ceil(fraction * N)` tokens.
         rank: This process's place in that order. Default: its rank in `torch.distributed`, 0 without it.
 
     Returns:
@@ -48,7 +56,8 @@ def lowest_fraction(
     chosen = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
     # a stable sort keeps equal scores in global order, and puts NaN last
     order = torch.sort(pool, stable=True).indices
-    chosen[order[: max(math.floor(Fraction(str(fraction)) * len(pool)), at_least)]] = True
+    count = Fraction(str(fraction)) * len(pool)
+    chosen[order[: max(math.ceil(count) if round_up else math.floor(count), at_least)]] = True
     start = sum(counts[: _own_rank() if rank is None else rank])
     selected[mask] = chosen[start : start + len(values)]
     return selected

@@ -12,6 +12,7 @@ from .erc import ERC
 from .kl_cov import KL_COV
 from .par import PAR
 from .positive_nll import POSITIVE_NLL
+from .stare import STARE
 from .target_entropy import COEFFICIENT
 
 CONTROLS: tuple[Control, ...] = (
@@ -20,6 +21,7 @@ CONTROLS: tuple[Control, ...] = (
     CE_GPPO_LOOP,
     PAR,
     ENTROPIC,
+    STARE,
     ERC,
     CLIP_COV,
     KL_COV,

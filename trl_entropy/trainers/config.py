@@ -16,6 +16,7 @@ from ..controls.erc import ERCFields
 from ..controls.kl_cov import KLCovFields
 from ..controls.par import PARFields
 from ..controls.positive_nll import PositiveNLLFields
+from ..controls.stare import STAREFields
 from ..controls.target_entropy import TargetEntropyFields, serve_target_entropy
 
 
@@ -75,6 +76,7 @@ class EntropyGRPOConfig(
     KLCovFields,
     ClipCovFields,
     DPPOFields,
+    STAREFields,
     GRPOConfig,
 ):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
