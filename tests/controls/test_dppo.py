@@ -57,9 +57,11 @@ def test_an_improbable_token_may_rise_far_and_a_probable_one_may_not_fall() -> N
 
 
 def test_the_ratio_is_truncated_from_above_alone() -> None:
-    _, after, metrics = shaped((0.1, 0.001, 0.5, 0.5), (0.01, 0.1, 0.5, 0.02), (1.0, -1.0, -1.0, -2.0), truncation=5.0)
-    torch.testing.assert_close(after.advantages, torch.tensor([[5.0, -0.01, -1.0, -10.0]]).double())
-    assert metrics["dppo/truncated_fraction"].value.tolist() == [[True, False, False, True]]
+    """The last is dropped, so that nothing of it is left to truncate."""
+    new, old = (0.1, 0.001, 0.5, 0.5, 0.9), (0.01, 0.1, 0.5, 0.02, 0.05)
+    _, after, metrics = shaped(new, old, (1.0, -1.0, -1.0, -2.0, 1.0), truncation=5.0)
+    torch.testing.assert_close(after.advantages, torch.tensor([[5.0, -0.01, -1.0, -10.0, 0.0]]).double())
+    assert metrics["dppo/truncated_fraction"].value.tolist() == [[True, False, False, True, False]]
 
 
 def test_a_distance_of_delta_is_inside() -> None:

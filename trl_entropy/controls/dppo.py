@@ -128,15 +128,14 @@ def binary_divergence(logps: Tensor, sampler_logps: Tensor, kind: str) -> Tensor
     Raises:
         ValueError: If `kind` is neither.
     """
-    # rounding can make a log-prob slightly positive
-    new, old = (in_float32(values.detach()).clamp(max=0.0) for values in (logps, sampler_logps))
+    new, old = (in_float32(values.detach()) for values in (logps, sampler_logps))
     probability = old.exp()
     if kind == "tv":
         return (new.exp() - probability).abs()
     if kind != "kl":
         raise ValueError(f"dppo_divergence={kind!r} is unknown. Choose tv or kl.")
     new_rest, old_rest = (-torch.expm1(values).clamp(max=-PROBABILITY_FLOOR) for values in (new, old))
-    # 0 log 0 is 0
+    # 0 log 0 is 0; a log-prob that rounding made slightly positive has the floor of 1 - p
     token = torch.where(probability > 0.0, probability * (old - new), 0.0)
     return token + old_rest * torch.log(old_rest / new_rest)
 
