@@ -19,6 +19,7 @@ from trl_entropy.telemetry.record import read_record
 
 ERC = {"erc_low": 0.95, "erc_high": 1.05}
 CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "epsilon": 0.01}
+ENTROPY_ADVANTAGE = {"entropy_advantage_alpha": 0.4}
 DPPO = {"dppo_divergence": "tv", "dppo_delta_low": 1e-3, "dppo_delta_high": 1e-3}
 STARE = {"stare_target_entropy": 9.0, "stare_variant": "C2"}
 ADAPTIVE_STARE = {**STARE, "stare_adaptive_step": 0.5}
@@ -40,6 +41,8 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "erc_target_fraction": ({**ERC, "max_steps": 6}, {"erc_target_fraction": 0.9}, POLICY),
     "ce_gppo_alpha1": (CE_GPPO, {"ce_gppo_alpha1": 0.1}, POLICY),
     "ce_gppo_alpha2": (CE_GPPO, {"ce_gppo_alpha2": 0.1}, POLICY),
+    "entropy_advantage_alpha": (ENTROPY_ADVANTAGE, {"entropy_advantage_alpha": 0.0}, POLICY),
+    "entropy_advantage_kappa": (ENTROPY_ADVANTAGE, {"entropy_advantage_kappa": 4.0}, POLICY),
     "dppo_divergence": (DPPO, {"dppo_divergence": "kl"}, POLICY),
     "dppo_delta_low": (DPPO, {"dppo_delta_low": 0.1}, POLICY),
     "dppo_delta_high": (DPPO, {"dppo_delta_high": 0.1}, POLICY),

@@ -11,6 +11,7 @@ from .control import Context, Control, MicroBatch, Rollout
 from .covariance import covariance
 from .dppo import binary_divergence, dppo
 from .entropic import entropic
+from .entropy_advantage import entropy_advantage
 from .epo import EntropyHistory, epo, epo_beta
 from .erc import ENTROPY_FLOOR, entropy_ratio, erc, inside_bounds
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
@@ -42,6 +43,7 @@ __all__ = [
     "covariance",
     "dppo",
     "entropic",
+    "entropy_advantage",
     "entropy_ratio",
     "epo",
     "epo_beta",

@@ -7,6 +7,7 @@ from .clip_cov import CLIP_COV
 from .control import Control
 from .dppo import DPPO
 from .entropic import ENTROPIC
+from .entropy_advantage import ENTROPY_ADVANTAGE
 from .epo import EPO
 from .erc import ERC
 from .kl_cov import KL_COV
@@ -16,6 +17,7 @@ from .stare import STARE
 from .target_entropy import COEFFICIENT
 
 CONTROLS: tuple[Control, ...] = (
+    ENTROPY_ADVANTAGE,
     DPPO,
     CE_GPPO,
     CE_GPPO_LOOP,

@@ -11,6 +11,7 @@ from ..controls.ce_gppo_loop import CEGPPOLoopFields
 from ..controls.clip_cov import ClipCovFields
 from ..controls.dppo import DPPOFields
 from ..controls.entropic import EntroPICFields
+from ..controls.entropy_advantage import EntropyAdvantageFields
 from ..controls.epo import EPOFields
 from ..controls.erc import ERCFields
 from ..controls.kl_cov import KLCovFields
@@ -77,6 +78,12 @@ class EntropyGRPOConfig(
     ClipCovFields,
     DPPOFields,
     STAREFields,
+    GRPOConfig,
+    EntropyAdvantageFields,
+    DPPOFields,
+    STAREFields,
+    EntropyControls,
+    PositiveNLLFields,
     GRPOConfig,
 ):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
