@@ -18,6 +18,7 @@ from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
 from .kl_cov import kl_cov
 from .par import par
 from .positive_nll import positive_nll
+from .qae import qae
 from .stare import stare_weights
 from .table import CONTROLS
 from .tokens import PolicyTokens, TokenMean, in_float32
@@ -55,6 +56,7 @@ __all__ = [
     "micro_batch",
     "par",
     "positive_nll",
+    "qae",
     "ratio_controls",
     "stare_weights",
 ]

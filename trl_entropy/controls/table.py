@@ -19,6 +19,10 @@ from .target_entropy import COEFFICIENT
 CONTROLS: tuple[Control, ...] = (
     ENTROPY_ADVANTAGE,
     DPPO,
+from .qae import QAE
+
+CONTROLS: tuple[Control, ...] = (
+    QAE,
     CE_GPPO,
     CE_GPPO_LOOP,
     PAR,

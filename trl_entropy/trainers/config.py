@@ -17,6 +17,7 @@ from ..controls.erc import ERCFields
 from ..controls.kl_cov import KLCovFields
 from ..controls.par import PARFields
 from ..controls.positive_nll import PositiveNLLFields
+from ..controls.qae import QAEFields
 from ..controls.stare import STAREFields
 from ..controls.target_entropy import TargetEntropyFields, serve_target_entropy
 
@@ -78,12 +79,8 @@ class EntropyGRPOConfig(
     ClipCovFields,
     DPPOFields,
     STAREFields,
-    GRPOConfig,
     EntropyAdvantageFields,
-    DPPOFields,
-    STAREFields,
-    EntropyControls,
-    PositiveNLLFields,
+    QAEFields,
     GRPOConfig,
 ):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
