@@ -1,6 +1,6 @@
 """What the remedies against rounding cost: a training step with each, against one with the published gate in bfloat16.
 
-From the repository, with what `rounding.py` needs:
+From the repository, with what `rounding.py` needs and TRL 1.16:
 
     python recipes/study/rounding_cost.py
 
