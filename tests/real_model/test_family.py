@@ -19,7 +19,7 @@ ELSEWHERE = {"erc", "ce_gppo", "asyppo", "epo", "positive_nll"}
 CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0}
 FAMILY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "qae": ({"qae_quantile": 0.4}, ()),
-    "entropy_advantage": ({"entropy_advantage_alpha": 0.4}, ("entropy_advantage/shift",)),
+    "entropy_advantage": ({"entropy_advantage_alpha": 0.4}, ("entropy_advantage/added",)),
     "dppo": ({"dppo_divergence": "tv", "dppo_delta_low": 0.01, "dppo_delta_high": 0.01}, ("dppo/dropped_fraction",)),
     "ce_gppo_loop": ({**CE_GPPO, "ce_gppo_loop_target": 0.3}, ("ce_gppo_loop/actuator",)),
     "par": ({"par_schedule": "entropy", "par_target": 9.0}, ("par/dropped_fraction",)),

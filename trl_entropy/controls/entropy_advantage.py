@@ -94,7 +94,7 @@ def shape(batch: MicroBatch, tokens: PolicyTokens, context: Context, state: None
 
 
 ENTROPY_ADVANTAGE = Control(
-    name="entropy-based advantage",
+    name="Entropy-based advantage",
     prefix="entropy_advantage",
     summary="Adds a token's entropy to its advantage, at most a share of the advantage's size: uncertain tokens are "
     "reinforced more and pushed down less.",

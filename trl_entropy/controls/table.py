@@ -13,16 +13,14 @@ from .erc import ERC
 from .kl_cov import KL_COV
 from .par import PAR
 from .positive_nll import POSITIVE_NLL
+from .qae import QAE
 from .stare import STARE
 from .target_entropy import COEFFICIENT
 
 CONTROLS: tuple[Control, ...] = (
+    QAE,
     ENTROPY_ADVANTAGE,
     DPPO,
-from .qae import QAE
-
-CONTROLS: tuple[Control, ...] = (
-    QAE,
     CE_GPPO,
     CE_GPPO_LOOP,
     PAR,
