@@ -24,7 +24,7 @@ FAMILY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "ce_gppo_loop": ({**CE_GPPO, "ce_gppo_loop_target": 0.3}, ("ce_gppo_loop/actuator",)),
     "par": ({"par_schedule": "entropy", "par_target": 9.0}, ("par/dropped_fraction",)),
     "entropic": ({"entropic_target": 0.1, "entropic_probability": 0.3}, ("entropic/weighted_fraction",)),
-    "stare": ({"stare_target_entropy": 9.0}, ("stare/weighted_fraction",)),
+    "stare": ({"stare_target_entropy": 9.0}, ("stare/raised_fraction",)),
     "steer": ({"steer_min_weight": 0.7}, ()),
     "fipo": ({}, ()),
     "clip_cov": (
