@@ -158,18 +158,6 @@ def test_torn_result_is_made_anew(finished: Path, small: pytest.MonkeyPatch, tmp
     }
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "result.json"
-    quickstart._write_json(file, {"a": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr(quickstart.os, "replace", lambda part, whole: pytest.fail("killed"))
-        with pytest.raises(pytest.fail.Exception):
-            quickstart._write_json(file, {"a": 2})
-    assert json.loads(file.read_text(encoding="utf-8")) == {"a": 1}
-    quickstart._write_json(file, {"a": 3})
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-
-
 @pytest.mark.parametrize("setup", [quickstart.SMALL, quickstart.PRETRAINED], ids=lambda setup: setup.recipe)
 def test_asyppo_is_left_out_with_a_reason_or_trained_by_default(setup: quickstart.Setup) -> None:
     assert setup.default_arms == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc"]
