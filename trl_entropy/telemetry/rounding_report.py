@@ -80,7 +80,7 @@ def remedy(settings: dict[str, Any]) -> str:
         return "Set cast_lm_head_to_fp32, raise erc_entropy_floor, or compute in float32 (bf16: false, fp16: false)."
     return (
         "Compute in float16 on a GPU (dtype: float32, bf16: false, fp16: true) or in float32 (bf16: false); where it "
-        "must be bfloat16, set cast_lm_head_to_fp32 and erc_entropy_floor to 0.05, or leave erc_low and erc_high out."
+        "must be bfloat16, set cast_lm_head_to_fp32 and raise erc_entropy_floor, or leave erc_low and erc_high out."
     )
 
 
