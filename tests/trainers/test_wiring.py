@@ -27,6 +27,7 @@ EPO = {"epo_coef": 1.0, "epo_penalty": 1.0, "epo_kappa_low": 1.0, "epo_kappa_hig
 NLL = {"positive_nll_coef": 1.0}
 PAR = {"par_schedule": "entropy", "par_initial": 0.5}
 LOOP = {**CE_GPPO, "ce_gppo_loop_target": 1.0, "ce_gppo_loop_kp": 0.3, "ce_gppo_loop_ki": 0.3}
+FIPO = {"fipo_half_life": 4.0, "fipo_raise_only": False}
 ENTROPIC = {"entropic_target": 0.5, "entropic_kp": 0.3, "entropic_ki": 0.3, "entropic_probability": 0.3}
 KL_COV = {"kl_cov_coef": 1.0, "kl_cov_fraction": 0.2, "epsilon": 0.01}
 CLIP_COV = {"clip_cov_fraction": 0.1, "clip_cov_low": 0.05, "clip_cov_high": 0.8}
@@ -72,6 +73,11 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "par_target": (PAR, {"par_target": 9.0}, POLICY),
     "par_delta": (PAR, {"par_delta": 0.5}, POLICY),
     "par_initial": (PAR, {"par_initial": 0.1}, POLICY),
+    "fipo_half_life": (FIPO, {"fipo_half_life": 1.0}, POLICY),
+    "fipo_clip_range": (FIPO, {"fipo_clip_range": 0.02}, POLICY),
+    "fipo_raise_only": (FIPO, {"fipo_raise_only": True}, POLICY),
+    "fipo_max_ratio": (FIPO, {"fipo_max_ratio": 1.01}, POLICY),
+    "fipo_safe_ratio": (FIPO, {"fipo_safe_ratio": 1.001}, POLICY),
     "entropic_target": (ENTROPIC, {"entropic_target": 3.0}, POLICY),
     "entropic_kp": (ENTROPIC, {"entropic_kp": 0.0}, POLICY),
     "entropic_ki": (ENTROPIC, {"entropic_ki": 0.0}, POLICY),

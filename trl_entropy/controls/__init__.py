@@ -14,6 +14,7 @@ from .entropic import entropic
 from .entropy_advantage import entropy_advantage
 from .epo import EntropyHistory, epo, epo_beta
 from .erc import ENTROPY_FLOOR, entropy_ratio, erc, inside_bounds
+from .fipo import fipo
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
 from .kl_cov import kl_cov
 from .par import par
@@ -49,6 +50,7 @@ __all__ = [
     "epo",
     "epo_beta",
     "erc",
+    "fipo",
     "in_float32",
     "inside_bounds",
     "kl_cov",

@@ -10,6 +10,7 @@ from .entropic import ENTROPIC
 from .entropy_advantage import ENTROPY_ADVANTAGE
 from .epo import EPO
 from .erc import ERC
+from .fipo import FIPO
 from .kl_cov import KL_COV
 from .par import PAR
 from .positive_nll import POSITIVE_NLL
@@ -26,6 +27,7 @@ CONTROLS: tuple[Control, ...] = (
     PAR,
     ENTROPIC,
     STARE,
+    FIPO,
     ERC,
     CLIP_COV,
     KL_COV,

@@ -14,6 +14,7 @@ from ..controls.entropic import EntroPICFields
 from ..controls.entropy_advantage import EntropyAdvantageFields
 from ..controls.epo import EPOFields
 from ..controls.erc import ERCFields
+from ..controls.fipo import FIPOFields
 from ..controls.kl_cov import KLCovFields
 from ..controls.par import PARFields
 from ..controls.positive_nll import PositiveNLLFields
@@ -73,6 +74,7 @@ class EntropyGRPOConfig(
     CEGPPOLoopFields,
     PARFields,
     EntroPICFields,
+    FIPOFields,
     PositiveNLLFields,
     TargetEntropyFields,
     KLCovFields,
