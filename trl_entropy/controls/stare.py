@@ -21,10 +21,12 @@ from .control import (
     MicroBatch,
     Panel,
     Rollout,
+    TargetLoop,
     TokenView,
 )
 from .health import WINDOW, Finding, LogHistory, enough
 from .selection import Gather, lowest_fraction
+from .steering import rollout_entropy
 from .tokens import PolicyTokens, TokenMean
 
 VARIANTS = ("O1", "C2")
@@ -155,24 +157,6 @@ def stare_weights(
     return weights
 
 
-def rollout_entropy(rollout: Rollout, context: Context) -> float | None:
-    """Mean entropy of a rollout's tokens over all processes, nats; `None` without a token of finite entropy.
-
-    Raises:
-        KeyError: If the rollout has no entropies.
-    """
-    entropies = rollout.old_entropies
-    if entropies is None:
-        raise KeyError(
-            "STARE needs the rollout's entropies, which it does not have. Let the trainer make the rollout."
-        )
-    mask = rollout.mask & entropies.isfinite()
-    dtype = torch.float32 if mask.device.type == "mps" else torch.float64
-    total = torch.where(mask, entropies.detach(), 0.0).sum(dtype=dtype)
-    total, count = context.sum_over_processes(torch.stack([total, mask.sum().to(dtype)])).tolist()
-    return total / count if count else None
-
-
 class STAREWeights:
     """The weights of STARE's adaptive schedule, the same on all processes.
 
@@ -232,7 +216,7 @@ def on_rollout(
         )
     seen = {"gate": float(gate), "positive_weight": positive, "negative_weight": negative}
     if entropy is not None:
-        seen["entropy"] = entropy
+        seen |= {"entropy": entropy, "set_point": settings.stare_target_entropy}
     return {"stare_weight": weights}, {
         f"stare/{name}": TokenMean(weights.new_tensor(value), rollout.mask) for name, value in seen.items()
     }
@@ -293,6 +277,7 @@ STARE = Control(
     levels=("token",),
     level_reason="whose ratio mixes the weights of a sequence's tokens, and STARE's are each token's own",
     steers_entropy=True,
+    target_loop=TargetLoop("stare", lambda target: {"stare_target_entropy": target}),
     needs_old_entropies=True,
     needs_rollout_pass=True,
     rollout_settings=(
@@ -309,6 +294,7 @@ STARE = Control(
     on_rollout=on_rollout,
     shape=shape,
     metrics=(
+        Metric("set_point", "nats", "the mean entropy below which STARE acts", "constant"),
         Metric(
             "entropy", "nats", "mean entropy of the rollout, before its first update", "near `stare_target_entropy`"
         ),
@@ -351,12 +337,12 @@ STARE = Control(
             "stare",
             "STARE: entropy, gate and weight",
             (
-                Panel("entropy of the rollout (nats)", ("stare/entropy",)),
+                Panel("entropy of the rollout (nats)", ("stare/entropy",), guides=("stare/set_point",)),
                 Panel("gate", ("stare/gate",)),
                 Panel("weight of the raised", ("stare/positive_weight",)),
             ),
-            "Healthy: the entropy stays around stare_target_entropy and the gate goes on and off; a gate that is on "
-            "all the time while the entropy falls cannot hold it.",
+            "Healthy: the entropy stays around stare_target_entropy (dotted) and the gate goes on and off; a gate "
+            "that is on all the time while the entropy falls cannot hold it.",
         ),
     ),
     token_views=(

@@ -29,7 +29,10 @@ def rollout_entropy(rollout: Rollout, context: Context) -> float | None:
     """
     entropies = rollout.old_entropies
     if entropies is None:
-        raise KeyError("A loop on the mean entropy needs the rollout's entropies, which it does not have.")
+        raise KeyError(
+            "A loop on the mean entropy needs the rollout's entropies, which it does not have. Let the trainer make "
+            "the rollout."
+        )
     mask = rollout.mask & entropies.isfinite()
     dtype = torch.float32 if mask.device.type == "mps" else torch.float64
     total = torch.where(mask, entropies.detach(), 0.0).sum(dtype=dtype)
