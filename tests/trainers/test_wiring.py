@@ -93,6 +93,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "clip_cov_high": (CLIP_COV, {"clip_cov_high": 0.1}, POLICY),
     "clip_cov_selection": (CLIP_COV, {"clip_cov_selection": "micro_batch"}, POLICY),
     "qae_quantile": ({"qae_quantile": 0.4}, {"qae_quantile": 0.8}, POLICY),
+    "steer_min_weight": ({"steer_min_weight": 0.5}, {"steer_min_weight": 0.9}, POLICY),
     "record_tokens": ({}, {"record_tokens": 4}, RECORD),
     "num_critics": (CRITICS, {"num_critics": 3}, "metric asyppo/critic_2/loss"),
     "critic_learning_rate": (CRITICS, {"critic_learning_rate": 1e-3}, CRITIC),

@@ -21,6 +21,7 @@ from .par import par
 from .positive_nll import positive_nll
 from .qae import qae
 from .stare import stare_weights
+from .steer import steer
 from .table import CONTROLS
 from .tokens import PolicyTokens, TokenMean, in_float32
 
@@ -61,4 +62,5 @@ __all__ = [
     "qae",
     "ratio_controls",
     "stare_weights",
+    "steer",
 ]

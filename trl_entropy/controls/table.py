@@ -16,6 +16,7 @@ from .par import PAR
 from .positive_nll import POSITIVE_NLL
 from .qae import QAE
 from .stare import STARE
+from .steer import STEER
 from .target_entropy import COEFFICIENT
 
 CONTROLS: tuple[Control, ...] = (
@@ -28,6 +29,7 @@ CONTROLS: tuple[Control, ...] = (
     ENTROPIC,
     STARE,
     FIPO,
+    STEER,
     ERC,
     CLIP_COV,
     KL_COV,

@@ -20,6 +20,7 @@ from ..controls.par import PARFields
 from ..controls.positive_nll import PositiveNLLFields
 from ..controls.qae import QAEFields
 from ..controls.stare import STAREFields
+from ..controls.steer import STEERFields
 from ..controls.target_entropy import TargetEntropyFields, serve_target_entropy
 
 
@@ -83,6 +84,13 @@ class EntropyGRPOConfig(
     STAREFields,
     EntropyAdvantageFields,
     QAEFields,
+    GRPOConfig,
+    EntropyControls,
+    QAEFields,
+    STEERFields,
+    ClipCovFields,
+    KLCovFields,
+    PositiveNLLFields,
     GRPOConfig,
 ):
     """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
