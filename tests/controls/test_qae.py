@@ -24,6 +24,11 @@ def test_by_hand():
     assert of([2.0, -2.0, 0.0, -1.0, 1.0], 0.5) == [2.0, -2.0, 0.0, -1.0, 1.0]
 
 
+def test_decimal_quantiles():
+    # 0.07 * 100 is 7.000000000000001 in binary
+    assert of(list(range(100)), 0.07)[6] == 0.0
+
+
 @pytest.mark.parametrize("quantile", [0.1, 0.29, 0.4, 0.5, 0.6, 0.7, 0.99])
 @pytest.mark.parametrize("size", [1, 4, 5, 8, 10])
 def test_the_rule_of_the_abstract(size, quantile):

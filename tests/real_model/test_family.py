@@ -25,7 +25,7 @@ FAMILY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "par": ({"par_schedule": "entropy", "par_target": 9.0}, ("par/dropped_fraction",)),
     "entropic": ({"entropic_target": 0.1, "entropic_probability": 0.3}, ("entropic/weighted_fraction",)),
     "stare": ({"stare_target_entropy": 9.0}, ("stare/raised_fraction",)),
-    "steer": ({"steer_min_weight": 0.7}, ()),
+    "steer": ({"steer_min_weight": 0.7}, ("steer/scale",)),
     "fipo": ({"fipo_half_life": 8.0}, ("fipo/raised_fraction",)),
     "clip_cov": (
         {"clip_cov_fraction": 0.1, "clip_cov_low": 0.0, "clip_cov_high": 50.0},

@@ -115,6 +115,9 @@ def shape(batch: MicroBatch, tokens: PolicyTokens, context: Context, state: None
 STEER = Control(
     name="STEER",
     prefix="steer",
+    summary="The more a token would change the entropy, up or down, the less it weighs: between 1 and the smallest "
+    "weight.",
+    published="0.7 (paper), 0.8 (released script)",
     paper="Rethinking Entropy Interventions in RLVR: An Entropy Change Perspective",
     arxiv="2510.10150",
     fields=("steer_min_weight",),
