@@ -180,7 +180,7 @@ CLIP_COV = Control(
     loss_reason="whose weights couple the tokens of a sequence",
     levels=("token",),
     level_reason="and it drops single tokens",
-    needs_rollout_pass=True,
+    needs_rollout_pass=lambda config: config.clip_cov_selection == "rollout",
     rollout_settings=("clip_cov_fraction", "clip_cov_low", "clip_cov_high", "clip_cov_selection"),
     on_rollout=on_rollout,
     shape=shape,

@@ -217,7 +217,7 @@ KL_COV = Control(
     levels=("token",),
     level_reason="and it penalises single tokens",
     replaces_ppo_clip=True,
-    needs_rollout_pass=True,
+    needs_rollout_pass=lambda config: config.kl_cov_selection == "rollout",
     rollout_settings=("kl_cov_fraction", "kl_cov_selection"),
     on_rollout=on_rollout,
     shape=shape,
