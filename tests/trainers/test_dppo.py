@@ -155,6 +155,7 @@ ON = {"dppo_divergence": "tv"}
     ("settings", "message"),
     [
         ({"dppo_divergence": "js"}, "dppo_divergence='js' is unknown. Choose tv or kl"),
+        ({"dppo_divergence": ["tv"]}, r"dppo_divergence=\['tv'\] is unknown"),
         ({"dppo_divergence": ""}, "dppo_divergence='' is unknown"),
         ({"dppo_delta_low": 0.1}, "dppo_delta_low=0.1 does nothing without dppo_divergence"),
         ({**ON, "dppo_delta_low": -0.1}, "dppo_delta_low=-0.1 must be finite and at least 0"),

@@ -79,7 +79,7 @@ def check(config: Any) -> None:
                 f"{given[0]}={getattr(config, given[0])} does nothing without dppo_divergence. Set "
                 f"dppo_divergence to tv or kl, or leave {given[0]} out."
             )
-    elif config.dppo_divergence not in PUBLISHED_DELTAS:
+    elif config.dppo_divergence not in tuple(PUBLISHED_DELTAS):  # YAML may have a list there
         raise ValueError(f"dppo_divergence={config.dppo_divergence!r} is unknown. Choose tv or kl.")
     else:
         _check_other_ratios(config)
