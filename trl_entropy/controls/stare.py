@@ -325,7 +325,7 @@ STARE = Control(
         ),
         Mark(
             "stare_weakened",
-            "W",
+            "N",
             "weakened by STARE",
             "surprising, A < 0: weighted below 1 by STARE",
             ("#f6e3cf", "1px dotted", "#7a4a12"),
