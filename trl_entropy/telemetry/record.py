@@ -48,10 +48,10 @@ null.
 - `whole`: False for the random sample of the step's tokens, True for the completions that are recorded whole.
 - `token`, `token_id`, `completion` (index in the rollout), `position` (in the completion, from 0; the prompt's tokens,
   in whole completions only, have negative ones), `turn` (from 0; -1 for a token that the model did not write).
-- `lp_old`, `lp` (log-probs), `H_old`, `H` (nats), `A` (advantage, before any control), `gradient` (what the policy
-  loss multiplies the gradient of `lp` with, after every control and PPO-clip, but for the mean over the tokens),
-  `ratio` (importance ratio, that of the sequence at `importance_sampling_level="sequence"`), `entropy_ratio`, the
-  critics' `value_mean`, `value_std`.
+- `lp_old`, `lp` (log-probs), `H_old`, `H` (nats), `A` (advantage of the rollout, unshaped), `gradient` (what the
+  policy loss multiplies the gradient of `lp` with, after every control and PPO-clip, but for the mean over the
+  tokens), `ratio` (importance ratio, that of the sequence at `importance_sampling_level="sequence"`),
+  `entropy_ratio`, the critics' `value_mean`, `value_std`.
 - `written`: the model wrote the token and it counts in the loss.
 - `ppo_low`, `ppo_high`: PPO-clip alone would drop its gradient.
 - The others are the controls': each has the meaning of its mark in the control's row.
