@@ -97,11 +97,24 @@ def markdown(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"|{'|'.join(cells)}|" if set(cells) == {"---"} else f"| {' | '.join(cells)} |"
+    if set(cells) == {"---"}:
+        return f"|{'|'.join(cells)}|"
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def short_table() -> str:
+    """The table of methods of the README, in Markdown: what each does, and the fields that switch it on."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for control in CONTROLS:
+            paper = f"[{control.name}](https://arxiv.org/abs/{control.arxiv})"
+            yield paper, control.switch or f"`{control.fields[0]}`", acts(control), control.summary
+
+    return markdown(("method", "switched on by", "acts", "what it does"), rows())
 
 
 def methods_table() -> str:
-    """The table of methods of the README, in Markdown."""
+    """The table of methods with all their fields, in Markdown."""
     head = ("method", "paper", "fields (default)", "published", "acts", "not with", "what it does")
 
     def rows() -> Iterator[Sequence[str]]:

@@ -154,6 +154,7 @@ ASYPPO = Control(
         "critic_gradient_checkpointing",
         "critic_dtype",
     ),
+    switch="`AsyPPOTrainer`, `critics`",
     check=check,
     loss_types=LINEAR_LOSSES,
     loss_reason="which weights whole sequences by the sign of one advantage, and AsyPPO's advantages are per token",

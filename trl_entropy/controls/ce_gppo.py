@@ -180,6 +180,7 @@ CE_GPPO = Control(
     "Learning",
     arxiv="2509.20712",
     fields=("ce_gppo_alpha1", "ce_gppo_alpha2"),
+    switch="`ce_gppo_alpha1`, `ce_gppo_alpha2`",
     check=check,
     acts_on_policy=False,
     loss_types=PPO_CLIP_LOSSES,

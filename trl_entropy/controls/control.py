@@ -249,6 +249,7 @@ class Control:
         paper: Title.
         arxiv: Id.
         fields: Fields of the configuration that are its settings.
+        switch: What switches it on, where that is not its first field alone, in Markdown.
         check: Refuses values out of range; called with every configuration that has the fields.
         acts_on_policy: Whether it acts where a rollout is used for one optimizer step, so that all ratios are 1.
         reads_sampler: Whether it compares with the log-probs that an inference engine sampled by, where there is one:
@@ -288,6 +289,7 @@ class Control:
     paper: str
     arxiv: str
     fields: tuple[str, ...]
+    switch: str = ""
     check: Callable[[Any], None] = lambda config: None
     acts_on_policy: bool = True
     reads_sampler: bool = False

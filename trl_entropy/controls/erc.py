@@ -325,6 +325,7 @@ ERC = Control(
     paper="Entropy Ratio Clipping as a Soft Global Constraint for Stable Reinforcement Learning",
     arxiv="2512.05591",
     fields=("erc_low", "erc_high", "erc_entropy_floor", "erc_side", "erc_target_fraction"),
+    switch="`erc_low`, `erc_high`",
     check=check,
     acts_on_policy=False,
     loss_types=LINEAR_LOSSES,
