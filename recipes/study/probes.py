@@ -102,11 +102,11 @@ def mask_by_entropy(rollout: Rollout, context: Context, state: Any) -> tuple[dic
 
 
 VARIANTS = {
-    "random": (ERC, replace(ERC, shape=random_gate)),
-    "away": (ERC, replace(ERC, shape=away_gate)),
-    "entropy": (ASYPPO, replace(ASYPPO, on_rollout=mask_by_entropy)),
+    "random": replace(ERC, shape=random_gate),
+    "away": replace(ERC, shape=away_gate),
+    "entropy": replace(ASYPPO, on_rollout=mask_by_entropy, needs_rollout_pass=True),
 }
-"""A control, and what takes its place."""
+"""What takes the place of the control with the same prefix."""
 
 
 class MeasuringTrainer(EntropyGRPOTrainer):
@@ -129,8 +129,11 @@ class MeasuringTrainer(EntropyGRPOTrainer):
     def take_variant(self, name: str) -> None:
         """Put one of `VARIANTS` in the place of the control that it varies; another name changes nothing."""
         if name in VARIANTS:
-            control, variant = VARIANTS[name]
-            self.active.controls = tuple(variant if one is control else one for one in self.active.controls)
+            variant = VARIANTS[name]
+            assert variant.prefix in {one.prefix for one in self.active.controls}, name
+            self.active.controls = tuple(
+                variant if one.prefix == variant.prefix else one for one in self.active.controls
+            )
 
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
         super().on_rollout(output, rewards)

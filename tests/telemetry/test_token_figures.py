@@ -135,7 +135,7 @@ def test_disagreement_shows_what_was_masked(tmp_path: Path) -> None:
     found = {curve.series: (curve.x, curve.y) for curve in drawn.panels[0].curves}
     assert {kind: x for kind, (x, _) in found.items()} == {"kept": [1.0], "masked": [0.0], "filtered": [2.0]}
     assert found["masked"][1] == pytest.approx([0.1])
-    assert drawn.notes == ["mine: correlation of sigma with entropy +1.00."]
+    assert drawn.notes == ["mine: correlation of sigma of the values with entropy under the old policy (nats) +1.00."]
 
 
 EVERYTHING = {

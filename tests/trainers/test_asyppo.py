@@ -2,6 +2,7 @@
 
 import copy
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -508,3 +509,25 @@ def test_the_value_model_of_trls_ppo_serves_as_critic(make_asyppo, tiny_model_pa
         trainer = make_asyppo(critics=critics, max_steps=1)
         trainer.train()
         assert {type(critic) for critic in trainer.critics.critics} == {Qwen2ForTokenClassification}
+
+
+def test_warm_up_leaves_the_controls_states_alone(make_trainer, tiny_model_path):
+    states, weights = [], []
+    for rollouts in (0, 3):
+        trainer = make_trainer(
+            config_class=AsyPPOConfig,
+            trainer_class=partial(AsyPPOTrainer, critics=tiny_model_path),
+            entropic_target=0.5,
+            critic_warmup_rollouts=rollouts,
+            critic_learning_rate=1e-6,
+            learning_rate=0.0,
+            max_steps=1,
+        )
+        seen = []
+        on_rollout = trainer.active.on_rollout
+        trainer.active.on_rollout = lambda *args, seen=seen, run=on_rollout: seen.append(1) or run(*args)
+        trainer.train()
+        states.append(len(seen))
+        weights.append("entropic/integral" in trainer.state.log_history[0])
+    assert states == [1, 1]
+    assert weights == [True, True]

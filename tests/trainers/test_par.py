@@ -160,3 +160,9 @@ def test_a_schedule_is_no_loop(tmp_path, other):
     both = config(tmp_path, par_schedule="stage", **other)
     par = next(control for control in controls_of(both) if control.prefix == "par")
     assert (par.steers_entropy, par.needs_old_entropies, par.needs_rollout_pass) == (False, False, False)
+
+
+def test_evaluation_before_the_training(make_trainer):
+    trainer = make_trainer(par_schedule="epoch", num_train_epochs=3, max_steps=-1)
+    metrics = trainer.evaluate(trainer.train_dataset.select(range(4)))
+    assert math.isfinite(metrics["eval_loss"])

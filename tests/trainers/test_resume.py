@@ -241,3 +241,28 @@ def test_the_schedule_of_epo_goes_by_the_position_under_the_new_schedule(
     assert logged(resumed, "epo/beta")[-3:] == pytest.approx([1 + math.exp(-3 * k) for k in rollouts], rel=1e-6)
     # the part of the old rollout that was trained on, and with two steps a rollout that of step 4
     assert len(resumed.active.states["epo"]) == finished
+
+
+def test_a_checkpoint_of_a_release_with_fewer_controls_goes_on(make_trainer, tmp_path):
+    """It does not know the newer controls, and has EPO's history under its former name."""
+    settings = {**EPO_RUN, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    whole = make_trainer(tmp_path / "run", **settings)
+    whole.train()
+    path = tmp_path / "run" / "checkpoint-3" / "rollout_rank0.pt"
+    state = torch.load(path, weights_only=True)
+    state["controls"] = {"entropy_history": state["controls"].pop("epo"), **state["controls"]}
+    newer = [name for name in state["settings"] if name.endswith("_enabled") and state["settings"][name] == "False"]
+    assert len(newer) > 3
+    for name in newer:
+        del state["settings"][name]
+    torch.save(state, path)
+    resumed = make_trainer(tmp_path / "run", **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        resumed.train(resume_from_checkpoint=str(path.parent))
+    assert resumed.active.states["epo"].steps == whole.active.states["epo"].steps != []
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+EPO_RUN = {"epo_coef": 0.1, "steps_per_generation": 4, "learning_rate": 1e-2}

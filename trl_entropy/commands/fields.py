@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 from trl import TrlParser
 
+from trl_entropy.controls import CONTROLS
 from trl_entropy.tasks.templates import shown
 
 AT_LEAST: dict[str, float] = {
@@ -87,8 +88,12 @@ class FieldParser(TrlParser):
     def check(self, values: dict[str, Any]) -> None:
         """Refuse values before the dataclasses are built of them."""
         for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or name not in CHECKED):
                 raise ValueError(f"{name}={value} is not a finite number. Set one, or leave {name} out.")
+
+
+CHECKED = {name for control in CONTROLS for name in control.fields}
+"""Fields whose own checks say whether infinity is a value of theirs."""
 
 
 class TrainFieldParser(FieldParser):

@@ -58,7 +58,8 @@ OTHER_METRICS = (
 def excluded(control: Control) -> list[str]:
     """The names of the controls that cannot be on beside one, whichever of the two says so."""
     pairs = {(one.prefix, prefix) for one in CONTROLS for prefix, _ in one.excludes}
-    loops = [one for one in CONTROLS if one.steers_entropy and one is not control and control.steers_entropy]
+    steering = [one for one in CONTROLS if one.steers_entropy or one.target_loop is not None]
+    loops = [one for one in steering if one is not control and control in steering]
     found = [one for one in CONTROLS if {(control.prefix, one.prefix), (one.prefix, control.prefix)} & pairs]
     return [one.name for one in CONTROLS if one in found or one in loops]
 

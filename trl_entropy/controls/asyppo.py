@@ -159,6 +159,14 @@ ASYPPO = Control(
     loss_types=LINEAR_LOSSES,
     loss_reason="which weights whole sequences by the sign of one advantage, and AsyPPO's advantages are per token",
     comes_with_critics=True,
+    rollout_settings=(
+        "gae_gamma",
+        "gae_lambda",
+        "bootstrap_truncated",
+        "whiten_advantages",
+        "advantage_mask_fraction",
+        "entropy_filter_fraction",
+    ),
     shape=shape,
     metrics=(
         Metric(

@@ -1,7 +1,7 @@
 """CE-GPPO: tokens that PPO-clip drops get a bounded gradient back (arXiv 2509.20712, GPPO: 2508.07629)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -127,11 +127,10 @@ def ce_gppo(
     shifted = low | high
     if log_weight.shape[-1] != advantages.shape[-1]:
         shifted = (shifted & tokens.mask).any(-1, keepdim=True).expand_as(advantages)
-    shaped = PolicyTokens(
-        logps=tokens.logps,
+    shaped = replace(
+        tokens,
         old_logps=torch.where(shifted, tokens.logps.detach(), tokens.old_logps),
         advantages=torch.where(shifted, weight * advantages, advantages),
-        mask=tokens.mask,
     )
     return shaped, {
         "ce_gppo/low_fraction": TokenMean(low, tokens.mask),

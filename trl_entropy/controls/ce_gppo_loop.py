@@ -127,7 +127,12 @@ CE_GPPO_LOOP = Control(
             "-1 to 1",
             "above 0 while the entropy is too high, else below; at -1 or 1 for long, the target is out of reach",
         ),
-        Metric("integral", "nats", "sum of the errors of the rollouts so far", "levels off"),
+        Metric(
+            "integral",
+            "nats",
+            "sum of the errors of the rollouts so far, but for those that would push `a` past its bound",
+            "levels off",
+        ),
         Metric("alpha1", "-", "weight below the trust region, for this rollout", "0 to twice `ce_gppo_alpha1`"),
         Metric("alpha2", "-", "weight above the trust region, for this rollout", "0 to twice `ce_gppo_alpha2`"),
     ),

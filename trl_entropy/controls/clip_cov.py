@@ -76,6 +76,16 @@ def check(config: Any) -> None:
             "Published: 1 and 5."
         )
     check_selection(config, "clip_cov_selection")
+    clip_free = getattr(config, "kl_cov_enabled", False) and not config.kl_cov_ppo_clip
+    if (
+        config.clip_cov_enabled
+        and config.clip_cov_selection == "micro_batch"
+        and (clip_free or getattr(config, "dppo_enabled", False))
+    ):
+        raise ValueError(
+            "clip_cov_selection='micro_batch' draws among the tokens that PPO-clip keeps, and dppo_divergence, or "
+            "kl_cov_coef with kl_cov_ppo_clip=False, takes PPO-clip's place. Set clip_cov_selection='rollout'."
+        )
 
 
 def clip_cov(

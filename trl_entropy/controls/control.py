@@ -268,7 +268,7 @@ class Control:
         state: Makes its state from the configuration, or `None` where it needs none.
         on_rollout: Columns, `(B, ...)` or 0-dim, to add to a scored rollout, and metrics.
         on_repeat: Metrics of the entropies of a second forward pass with the same weights; gets the entropies, the
-            first pass's and the mask, `(rows, T)` each.
+            first pass's and the mask, `(rows, T)` each. Called with `needs_old_entropies` alone, before `on_rollout`.
         shape: The micro-batch's tokens as TRL's loss shall read them, given what the controls before made of them, and
             metrics; without gradients.
         loss: A scalar to add to TRL's loss, and metrics.

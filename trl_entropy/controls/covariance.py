@@ -33,7 +33,7 @@ def covariance(
     not finite is left out of the means.
 
     Args:
-        advantages: `(B, T)`.
+        advantages: `(B, T)`; the controls pass those of the rollout, which the entropy-based advantage has not shaped.
         logps: `(B, T)`.
         mask: True for valid tokens, bool `(B, T)`.
         sum_over_processes: Makes the means those of the global batch.

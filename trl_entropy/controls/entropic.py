@@ -141,7 +141,12 @@ ENTROPIC = Control(
             "-1 to 1",
             "above 0 while the entropy is too high, else below; at -1 or 1 for long, the target is out of reach",
         ),
-        Metric("integral", "nats", "sum of the errors of the rollouts so far", "levels off"),
+        Metric(
+            "integral",
+            "nats",
+            "sum of the errors of the rollouts so far, but for those that would push `a` past its bound",
+            "levels off",
+        ),
         Metric("weighted_fraction", "share of tokens", "tokens whose weight is not 1", "steady"),
     ),
     marks=(

@@ -19,9 +19,9 @@ class EntropyAdvantageFields:
     Args:
         entropy_advantage_alpha (`float`, *optional*, defaults to `0.0`):
             What a token's advantage grows by for each nat of its entropy, at least 0; 0 is off. It is on the scale of
-            the advantages. Published: 0.4 (GRPO), 0.1 (PPO).
+            the advantages. Published, by second-hand accounts: 0.4 (GRPO), 0.1 (PPO).
         entropy_advantage_kappa (`float`, *optional*, defaults to `2.0`):
-            It grows by at most `|A| / kappa`, above 1, so that no advantage changes its sign. Published: 2.
+            It grows by at most `|A| / kappa`, above 1, so that no advantage changes its sign. Published, likewise: 2.
     """
 
     entropy_advantage_alpha: float = field(

@@ -32,6 +32,8 @@ SIDES = ("both", "outward")
 TARGET_GAIN = 2.0
 """What the power of the bounds is multiplied with, as the exponent of e, per share of tokens clipped too many. With
 0.6 clipped instead of 0.2 the bounds become 2.2 times as wide, with none 0.67 times."""
+MAX_LOG_BOUND = 80.0
+"""Its `exp` fits float32."""
 MAX_LOG_POWER = 7.0
 """Bounds 1,100 times as wide or narrow as they began: beyond any working run's."""
 MUCH_ROUNDING = 0.25
@@ -58,7 +60,7 @@ class ERCFields:
             Share of the tokens to be clipped, in (0, 1) (not in the paper, which reports 0.2 with fixed bounds). After
             every rollout both bounds are raised to one power, so that they move symmetrically on a log scale: wider
             where more tokens were clipped than this, narrower where fewer were. They start at `erc_low` and
-            `erc_high`, and are in checkpoints. Off if not set.
+            `erc_high`, and are in the checkpoints of `EntropyGRPOTrainer`. Off if not set.
     """
 
     erc_low: float | None = field(
@@ -208,8 +210,8 @@ def erc(
     clipped, current = tokens.mask & ~kept, entropies.detach()
     return shaped, {
         "erc/clip_fraction": TokenMean(clipped, tokens.mask),
-        "erc/low_fraction": TokenMean(below, tokens.mask),
-        "erc/high_fraction": TokenMean(above, tokens.mask),
+        "erc/low_fraction": TokenMean(below & ~kept, tokens.mask),
+        "erc/high_fraction": TokenMean(above & ~kept, tokens.mask),
         "erc/entropy_clipped": TokenMean(current, clipped),
         "erc/entropy_kept": TokenMean(current, tokens.mask & kept),
     }
@@ -249,7 +251,7 @@ class BoundPower:
 def bounds_now(settings: Any, state: BoundPower | None) -> tuple[float, float]:
     """The bounds of the entropy ratio: those of the configuration, raised to the state's power."""
     power = 1.0 if state is None else math.exp(state.log_power)
-    return settings.erc_low**power, settings.erc_high**power
+    return settings.erc_low**power, math.exp(min(power * math.log(settings.erc_high), MAX_LOG_BOUND))
 
 
 def shape(
@@ -292,6 +294,8 @@ def on_repeat(
     entropies: Tensor, old_entropies: Tensor, mask: Tensor, context: Context, state: BoundPower | None
 ) -> Metrics:
     settings = context.settings
+    if settings.erc_side != "both":  # which tokens are dropped depends on an update, which there is none of
+        return {}
     ratio = entropy_ratio(entropies, old_entropies, settings.erc_entropy_floor)
     outside = ~inside_bounds(ratio, *bounds_now(settings, state))
     return {"erc/rounding_fraction": TokenMean(outside, mask)}
@@ -339,7 +343,7 @@ ERC = Control(
         Metric(
             "clip_fraction",
             "share of tokens",
-            "tokens whose entropy ratio is outside `(erc_low, erc_high)`",
+            "tokens that ERC clips: their entropy ratio is outside `(erc_low, erc_high)`",
             "0 at a rollout's first step; about 0.2 on average in the paper; above 0.5, the steps are too large",
         ),
         Metric(
@@ -364,10 +368,10 @@ ERC = Control(
         Metric(
             "rounding_fraction",
             "share of tokens",
-            "tokens outside the bounds between two forward passes with the same weights, the second padded otherwise, "
-            "on 1 of 32 completions before their first update (a process with fewer a rollout skips rollouts): what "
-            "`erc/clip_fraction` would be if nothing but rounding changed. Not for models with learned positions or "
-            "images",
+            "with `erc_side` `both`: tokens outside the bounds between two forward passes with the same weights, the "
+            "second padded otherwise, on 1 of 32 completions before their first update (a process with fewer a "
+            "rollout skips rollouts): what `erc/clip_fraction` would be if nothing but rounding changed. Not for "
+            "models with learned positions or images",
             "below a quarter of `erc/clip_fraction`; about 0 in float32",
         ),
         Metric("bound_low", "-", "lower bound of the entropy ratio, where `erc_target_fraction` moves it", "settles"),
@@ -406,8 +410,9 @@ ERC = Control(
             "Entropy ratio",
             "histogram",
             "entropy_ratio",
-            "Healthy: a peak at 1 with thin tails; dotted: ERC's bounds, the published ones where ERC is off. Tails "
-            "that grow fat call for a smaller learning rate or fewer updates per rollout.",
+            "Healthy: a peak at 1 with thin tails; dotted: ERC's bounds (where they began, if erc_target_fraction "
+            "moves them), the published ones where ERC is off. Tails that grow fat call for a smaller learning rate "
+            "or fewer updates per rollout.",
             guides=(("erc_low", 0.95), ("erc_high", 1.05)),
         ),
         TokenView(

@@ -87,6 +87,11 @@ def _check_loss(config: Any) -> None:
             f"delta={delta} would do nothing with kl_cov_ppo_clip=False: KL-Cov has no dual clip. Leave delta out, or "
             "set kl_cov_ppo_clip=True."
         )
+    if config.kl_cov_ppo_clip and getattr(config, "dppo_enabled", False):
+        raise ValueError(
+            f"kl_cov_ppo_clip=True keeps PPO-clip, which dppo_divergence={config.dppo_divergence!r} replaces. Leave "
+            "kl_cov_ppo_clip out, or dppo_divergence."
+        )
     if delta is not None and delta <= 1.0:
         raise ValueError(f"delta={delta} must be above 1 with KL-Cov: it would drop tokens whose ratio is 1.")
     if threshold is not None:
@@ -125,7 +130,8 @@ def kl_cov(
 
     It acts on what the controls before it left: `r A` with their advantage and their old log-prob. A token whose
     policy gradient one of them has dropped (ERC, Clip-Cov), `A = 0`, keeps the penalty, which is no part of that
-    gradient, and is drawn back to the rollout policy if it is selected.
+    gradient, and is drawn back to the rollout policy if it is selected. What acts on the advantage after it, AsyPPO's
+    mask, takes the penalty too; so do TRL's `top_entropy_quantile` and its correction for vLLM, which weigh the loss.
 
     The formulas are the released code's; the text of the paper could not be compared.
 

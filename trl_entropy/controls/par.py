@@ -76,7 +76,7 @@ def stage_weight(step: int, total_steps: int) -> float:
         step: Index of the RL step (batch of rollouts), from 0.
         total_steps: RL steps of the training.
     """
-    return max(0.0, 2.0 * step / max(total_steps - 1, 1) - 1.0)
+    return min(max(0.0, 2.0 * step / max(total_steps - 1, 1) - 1.0), 1.0)
 
 
 def epoch_weight(step: int, total_steps: int, epochs: float) -> float:
@@ -90,7 +90,7 @@ def epoch_weight(step: int, total_steps: int, epochs: float) -> float:
         total_steps: RL steps of the training.
         epochs: `num_train_epochs`, above 1.
     """
-    finished = math.floor(step * epochs / total_steps)
+    finished = math.floor(step * epochs / max(total_steps, 1))
     return min(finished / (math.ceil(epochs) - 1), 1.0)
 
 
@@ -154,9 +154,9 @@ def shape(
 ) -> tuple[PolicyTokens, Metrics]:
     weight = scheduled_weight(context, loop)
     shaped, metrics = par(tokens, weight)
-    trace = constants("par", {"actuator": weight}, tokens.mask) | loop.trace(
-        "par", context.settings.par_target, tokens.mask
-    )
+    trace = constants("par", {"actuator": weight}, tokens.mask)
+    if by_entropy(context.settings):
+        trace |= loop.trace("par", context.settings.par_target, tokens.mask)
     return shaped, metrics | trace
 
 
@@ -213,5 +213,5 @@ PAR = Control(
         ),
     ),
     remedies=(("entropy_collapse", "par_schedule='entropy' with par_target at the entropy to be held"),),
-    drops=(("par/dropped_fraction",), "a lower par_target"),
+    drops=(("par/dropped_fraction",), "a lower par_target, or another par_schedule"),
 )

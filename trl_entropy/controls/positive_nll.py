@@ -41,9 +41,9 @@ class PositiveNLLFields:
 def check(config: Any) -> None:
     """Refuse values that the term cannot work with."""
     check_not_negative(config, "positive_nll_coef", "0.1; 0 is off")
-    if math.isnan(config.positive_nll_min_reward):
+    if not math.isfinite(config.positive_nll_min_reward):
         raise ValueError(
-            f"positive_nll_min_reward={config.positive_nll_min_reward} must be a number: the total reward from "
+            f"positive_nll_min_reward={config.positive_nll_min_reward} must be a finite number: the total reward from "
             "which on a completion counts as correct."
         )
 
@@ -97,6 +97,7 @@ POSITIVE_NLL = Control(
     arxiv="2508.07629",
     fields=("positive_nll_coef", "positive_nll_min_reward"),
     check=check,
+    rollout_settings=("positive_nll_min_reward",),
     on_rollout=on_rollout,
     loss=loss,
     metrics=(

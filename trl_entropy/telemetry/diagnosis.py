@@ -122,7 +122,11 @@ def entropy_oscillation(log_history: LogHistory) -> Finding | None:
 
 def clip_never_acts(log_history: LogHistory) -> Finding | None:
     """A clip is on and has not touched one token."""
-    counts = {one.name: [enough(log_history, key) for key in one.counts] for one in CONTROLS if one.counts}
+    counts = {
+        one.name: [enough(log_history, key) for key in one.counts]
+        for one in CONTROLS
+        if one.counts and not one.reads_sampler
+    }
     idle = [name for name, of_keys in counts.items() if all(of_keys) and not any(map(any, of_keys))]
     if not idle:
         return None

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..controls import CONTROLS, ENTROPY_FLOOR, TokenMean, clipped_by_ppo, entropy_ratio, log_importance_weight
+from ..controls.control import PPO_CLIP_LOSSES
 from ..controls.epo import turn_indices
 from ..controls.importance import ratio_of
 from .record import COUNTS, FLAGS, FLOATS, FOLDER, cut_after, write_rows
@@ -48,6 +49,7 @@ class Update:
         step: The optimizer step, from 1.
         micro_step: Micro-batches of this process before this one, since the start of the training.
         shaped: The micro-batch as the controls shaped it, which is what TRL's loss read; `None` for `inputs`.
+        frozen: Tokens that are constants of their sequence's ratio, bool `(B, T)`; `None` for none.
     """
 
     inputs: Mapping[str, Any]
@@ -58,6 +60,7 @@ class Update:
     step: int
     micro_step: int
     shaped: Mapping[str, Any] | None = None
+    frozen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class TokenRecorder:
         num_processes: Number of processes.
         seed: Seeds the choice of tokens.
         level: `importance_sampling_level`.
+        loss_type: TRL's.
+        delta: Dual clip, see `Context`.
         clip_range: `eps_low` and `eps_high`.
         entropy_floor: Floor of the entropy ratio, nats.
     """
@@ -120,11 +125,14 @@ class TokenRecorder:
         num_processes: int,
         seed: int,
         level: str,
+        loss_type: str = "dapo",
+        delta: float | None = None,
         clip_range: Mapping[str, float],
         entropy_floor: float = ENTROPY_FLOOR,
     ) -> None:
         self._folder, self._num_tokens, self._settings = Path(run_folder, FOLDER), num_tokens, settings
         self._process, self._num_processes, self._seed = process, num_processes, seed
+        self._loss_type, self._delta = loss_type, delta
         self._level, self._clip_range, self._entropy_floor = level, clip_range, entropy_floor
         self._tokenizer, self._texts = tokenizer, dict[int, str]()
         self._generator: torch.Generator | None = None
@@ -221,14 +229,27 @@ class TokenRecorder:
         return {name: found.get(name, absent).expand_as(mask) for name in MEASURED}
 
     def _gradient(self, update: Update) -> Tensor:
-        """What the policy loss multiplies each token's gradient with, by the shaped tokens, `(B, T)`."""
-        shaped, logps = update.shaped or update.inputs, update.logps
+        """What the policy loss multiplies each token's gradient with, by the shaped tokens, `(B, T)`.
+
+        NaN for the loss types SAPO and VESPO, which weigh tokens otherwise.
+        """
+        shaped, logps, mask = update.shaped or update.inputs, update.logps, update.mask
         old_logps, advantages = shaped.get("old_per_token_logps"), shaped["advantages"]
         advantages = (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logps)
         old_logps = logps if old_logps is None else old_logps
-        ratio = ratio_of(log_importance_weight(logps, old_logps, update.mask, self._level))
+        ratio = ratio_of(log_importance_weight(logps, old_logps, mask, self._level))
+        weighted = shaped.get("importance_sampling_ratio", 1.0) * advantages
+        if self._loss_type == "cispo":
+            return ratio.clamp(max=self._clip_range["eps_high"]) * weighted
+        if self._loss_type not in PPO_CLIP_LOSSES:
+            return torch.full_like(logps, torch.nan)
         low, high = clipped_by_ppo(ratio, advantages, **self._clip_range)
-        return torch.where(low | high, 0.0, ratio * advantages)
+        dual = (advantages < 0) & (ratio > (math.inf if self._delta is None else self._delta))
+        gradient = torch.where(low | high | dual, 0.0, ratio * weighted)
+        if self._level == "sequence":  # every token's term moves every token of its sequence
+            mean = (gradient * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+            gradient = mean.expand_as(logps)
+        return gradient if update.frozen is None else torch.where(update.frozen, 0.0, gradient)
 
     def _text(self, token_id: int) -> str:
         if token_id not in self._texts:

@@ -19,6 +19,7 @@ KINDS = {
     "filtered": ("#D55E00", "^"),
 }
 """Colour and marker of what happened to a token, in panels of points."""
+OTHER_KIND = ("#D55E00", "+")
 
 HATCHES = ("", "///", "...", "xxx")
 """Of bars, so that runs differ in more than their colour."""
@@ -74,7 +75,7 @@ def _canvas(drawn: Drawn, names: dict[int, str]) -> "Canvas":
 
 def _draw_curve(axis: Any, panel: TokenPanel, curve: Curve, place: int) -> Any:
     if panel.kind == "points":
-        colour, marker = KINDS[curve.series]
+        colour, marker = KINDS.get(curve.series, OTHER_KIND)
         return axis.plot(curve.x, curve.y, marker, color=colour, markersize=3, alpha=0.5, markeredgewidth=0.8)[0]
     if panel.kind == "bars":
         width = 0.8 / len(panel.curves)

@@ -182,7 +182,8 @@ def scatter_figure(view: TokenView, runs: Sequence[RecordedRun]) -> Drawn:
         log, bounds = "y" if view.y in RATIOS else "", _guides(view, [run])
         panels.append(TokenPanel(LABELS[view.y], curves, "points", log=log, horizontal=bounds, title=run.name))
         if view.y not in RATIOS and len(x) > 2 and x.std() > 0 and y.std() > 0:
-            notes.append(f"{run.name}: correlation of sigma with entropy {np.corrcoef(x, y)[0, 1]:+.2f}.")
+            correlation = np.corrcoef(x, y)[0, 1]
+            notes.append(f"{run.name}: correlation of {LABELS[view.y]} with {LABELS[view.x]} {correlation:+.2f}.")
     return Drawn(LABELS[view.x], panels, notes)
 
 
@@ -216,7 +217,7 @@ def figure_of(view: TokenView) -> TokenFigure:
 def classes_figure(runs: Sequence[RecordedRun]) -> Drawn:
     shares, changes, notes = [], [], []
     for run in runs:
-        contributions, classes = entropy_contributions(run.tokens)
+        contributions, classes = entropy_contributions(run.tokens.where(run.tokens.table["gradient"].is_valid()))
         members = [classes == index for index in range(len(CLASSES))]
         change = [float(contributions[member].sum()) for member in members]
         shares.append(Curve(run.index, CLASSES, [float(member.mean()) for member in members]))

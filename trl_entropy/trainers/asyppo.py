@@ -68,6 +68,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         for source in sources:
             check_tokenizer(self._tokenizer, source, trust_remote_code=args.trust_remote_code)
         self._warmup_done = args.critic_warmup_rollouts == 0
+        self._warming_up = False
         self._prompt_generator = torch.Generator().manual_seed(args.seed)
         self.critics = CriticEnsemble(
             [
@@ -94,10 +95,16 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.mode == "train" and not self._warmup_done:
-            self._warmup_done = True
-            for _ in range(self.args.critic_warmup_rollouts):
-                self._generate_and_score_completions(self._warmup_prompts(generation_batch))
+            self._warmup_done = self._warming_up = True
+            try:
+                for _ in range(self.args.critic_warmup_rollouts):
+                    self._generate_and_score_completions(self._warmup_prompts(generation_batch))
+            finally:
+                self._warming_up = False
         return super()._prepare_inputs(generation_batch)
+
+    def rows_to_repeat(self, num_rows: int) -> Tensor | None:
+        return None if self._warming_up else super().rows_to_repeat(num_rows)
 
     def _warmup_prompts(self, generation_batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """This process's rows of a rollout on random prompts; those of `generation_batch` where rows are streamed."""
@@ -118,7 +125,8 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         num_tokens = mask.shape[1]
         values = self.critics.values(ids, attention, num_tokens, self._critic_batch_size())
         targets = self._set_advantages(output, values, rewards.nan_to_num(0.0), mask)
-        super().on_rollout(output, rewards)
+        if not self._warming_up:  # the policy stands still, and so do the controls' states
+            super().on_rollout(output, rewards)
         self._log_critics(values[:, :, :num_tokens], targets, mask)
         self._log_overlap(output, mask)
         if self.mode == "train":
@@ -224,13 +232,13 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         self.critics.save(os.path.join(checkpoint, "critics"))
 
     def load_controls(self, checkpoint: str) -> None:
-        folder = os.path.join(checkpoint, "critics")
-        if not os.path.isdir(folder):
+        try:
+            self.critics.load(os.path.join(checkpoint, "critics"))
+        except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{checkpoint} has no critics/: it was saved by another trainer. Start anew from its weights, with "
                 f"model={checkpoint!r}."
-            )
-        self.critics.load(folder)
+            ) from error
         self._warmup_done = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

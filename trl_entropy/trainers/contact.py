@@ -34,6 +34,7 @@ class LossCall:
         entropies: Entropies of the policy being trained, nats, `(B, T)`.
         bonus_entropies: The same values as entropy bonuses read them: without a graph where a token gets no bonus.
         batch: What the controls read of it, where one is on.
+        frozen: Tokens that are constants of their sequence's ratio, bool `(B, T)`; `None` for none.
         metrics: What the controls counted.
     """
 
@@ -45,6 +46,7 @@ class LossCall:
     entropies: Tensor = field(init=False)
     bonus_entropies: Tensor = field(init=False)
     batch: MicroBatch = field(init=False)
+    frozen: Tensor | None = None
     metrics: dict[str, TokenMean] = field(default_factory=dict)
 
 

@@ -85,6 +85,8 @@ class EntropyGRPOTrainer(GRPOContact):
             num_processes=self.accelerator.num_processes,
             seed=self.args.seed,
             level=self.importance_sampling_level,
+            loss_type=self.loss_type,
+            delta=self.args.delta,
             clip_range={"eps_low": self.epsilon_low, "eps_high": self.epsilon_high},
             entropy_floor=self.args.erc_entropy_floor,
         )
@@ -124,7 +126,9 @@ class EntropyGRPOTrainer(GRPOContact):
             constant_ratio=self.args.loss_type == "cispo",
             training=self.mode == "train",
             step=self._step // micro_batches,
-            total_steps=math.ceil(self.state.max_steps * self.args.gradient_accumulation_steps / micro_batches),
+            total_steps=max(
+                1, math.ceil(self.state.max_steps * self.args.gradient_accumulation_steps / micro_batches)
+            ),
             sum_over_processes=self._sum_over_processes,
             gather=self._gather,
             group_size=self.num_generations if self.mode == "train" else self.num_generations_eval,
@@ -201,7 +205,8 @@ class EntropyGRPOTrainer(GRPOContact):
             mask=call.mask,
         )
         old_entropies = call.entropies.detach() if on_policy else inputs.get("old_entropies")
-        return micro_batch(tokens, call.entropies, old_entropies, self.importance_sampling_level, inputs)
+        # a copy: what the controls make of these inputs goes into the dict itself
+        return micro_batch(tokens, call.entropies, old_entropies, self.importance_sampling_level, dict(inputs))
 
     def _shape_policy_gradient(self, call: LossCall) -> None:
         inputs, batch = call.inputs, call.batch
@@ -209,6 +214,7 @@ class EntropyGRPOTrainer(GRPOContact):
         shaped, metrics = self.active.shape(batch, self._context())
         inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
         if shaped.frozen is not None:
+            call.frozen = shaped.frozen
             self._freeze(call, shaped.frozen)
         if shaped.without_bonus is not None:
             call.bonus_entropies = torch.where(shaped.without_bonus, call.entropies.detach(), call.entropies)
@@ -239,7 +245,7 @@ class EntropyGRPOTrainer(GRPOContact):
         if self._recorder is not None and self.mode == "train":
             measured = (call.mask, call.logps.detach(), call.entropies.detach(), call.metrics)
             position = {"step": self.state.global_step + 1, "micro_step": self._step}
-            self._recorder.add(Update(inputs, *measured, **position, shaped=call.inputs))
+            self._recorder.add(Update(inputs, *measured, **position, shaped=call.inputs, frozen=call.frozen))
 
     def _per_window(self, inputs: Mapping[str, Tensor], name: str, needed_by: str) -> Tensor:
         """A count over the whole rollout, rescaled to one accumulation window of one process, as TRL's token mean is.
@@ -272,6 +278,8 @@ class EntropyGRPOTrainer(GRPOContact):
         return self.active.state_dict()
 
     def load_control_state(self, state: dict[str, Any], *, own: bool) -> None:
+        if "entropy_history" in state:  # as releases before the table of controls named it
+            state = {"epo": state["entropy_history"], **state}
         if missing := self.active.load_state_dict(state, own=own):
             warnings.warn(f"The checkpoint has no state of {' and '.join(missing)}: it begins anew.", stacklevel=2)
 

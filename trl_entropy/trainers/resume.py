@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,6 +75,11 @@ def _is_complete(checkpoint: str) -> bool:
 def _steps_of(checkpoint: str | os.PathLike[str]) -> int:
     with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
         return json.load(file)["global_step"]
+
+
+def _setting(settings: Mapping[str, str], name: str) -> str | None:
+    """A setting of a rollout; a control that a release does not know of is off."""
+    return settings.get(name, "False" if name.endswith("_enabled") else None)
 
 
 class ExactResume(GRPOTrainer):
@@ -214,7 +220,9 @@ class ExactResume(GRPOTrainer):
         saved = {"num_processes": repr(state["num_processes"]), **state["settings"]}
         here = {"num_processes": repr(self.accelerator.num_processes), **self.rollout_settings()}
         changed = [
-            f"{name}={saved.get(name)} (now {value})" for name, value in here.items() if saved.get(name) != value
+            f"{name}={_setting(saved, name)} (now {_setting(here, name)})"
+            for name in {**here, **saved}
+            if _setting(saved, name) != _setting(here, name)
         ]
         return f"{checkpoint} was saved with {', '.join(changed)}" if changed else None
 
