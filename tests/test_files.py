@@ -8,6 +8,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,18 @@ def test_a_replacement_that_was_cut_off_is_undone(tmp_path: Path, monkeypatch: p
     assert only(folder)
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file can grow beyond 16 KiB, as where the disk is full. The system allows that to be taken back."""
+    """No file can grow beyond 16 KiB, as where the disk is full. The system allows that to be taken back.
+
+    No fixture: what pytest itself writes would be cut off.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save_to_open_file(part: Path) -> None:
@@ -157,10 +163,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.usefixtures("small_disk")
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_way_to_write_says_that_there_is_no_room(old: Path, name: str) -> None:
-    with pytest.raises(Exception) as raised, whole_file(old) as part:  # noqa: PT011 - each has a type of its own
+    with pytest.raises(Exception) as raised, small_disk(), whole_file(old) as part:  # noqa: PT011 - a type each
         WRITERS[name](part)
     assert is_full(raised.value), repr(raised.value)
     assert old.read_text(encoding="utf-8") == "old"
