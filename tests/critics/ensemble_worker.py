@@ -18,6 +18,7 @@ from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForTokenClassification
 
 from tests.critics.conftest import make_rollout
+from tests.leave import leave
 from trl_entropy.critics import CriticEnsemble, highest_fraction, load_critic, lowest_fraction
 
 # transformers then gives the weights to the first process of a node alone
@@ -152,8 +153,7 @@ def main() -> None:
     results |= {"selection": selections(rank, processes), "forwards": counts, "processes": processes}
     if rank == 0:
         torch.save(results, folder / "results.pt")
-    if processes > 1:
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from tests.distributed.training_worker import build
+from tests.leave import leave
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     }
     torch.save(found, Path(folder) / f"ended-rank{trainer.accelerator.process_index}.pt")
     del trainer
-    PartialState().destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, TrainerState
 
+from tests.leave import leave
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
 
 CONTROLS = {
@@ -151,7 +152,7 @@ def main() -> None:
     for policy in POLICIES:
         run(model, Path(folder), policy, "--resume" in sys.argv)
         gc.collect()  # the trainer's DDP wrapper must go before the process group
-    PartialState().destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

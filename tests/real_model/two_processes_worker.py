@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 
+from tests.leave import leave
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 
 CONTROLS: dict[str, Any] = {
@@ -111,7 +112,7 @@ def main() -> None:
         if PartialState().is_main_process:
             torch.save(found, Path(folder, f"{case}.pt"))
         gc.collect()  # the trainer's DDP wrapper must go before the process group
-    PartialState().destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ torchrun --standalone --nproc_per_node 2 tests/telemetry/recorder_worker.py MODE
 
 import sys
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from tests.leave import leave
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     del trainer
-    PartialState().destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
