@@ -26,7 +26,23 @@ NLL = {"positive_nll_coef": 0.1}
 EPO = {"epo_coef": 0.1}
 # No `entropy_coef`: TRL's own bonus is a mean over each process's tokens. The entropy filter gates EPO's here.
 ASYPPO = {"critic_learning_rate": 1e-3}
+LOOP = {"ce_gppo_loop_target": 9.0, "ce_gppo_loop_kp": 0.05}
 STARE = {"stare_target_entropy": 9.0, "stare_variant": "C2", "stare_fraction": 0.3, "stare_adaptive_step": 0.1}
+FAMILY: dict[str, dict[str, Any]] = {
+    "stare": STARE,
+    "qae": {"qae_quantile": 0.4},
+    "entropy_advantage": {"entropy_advantage_alpha": 0.4},
+    "dppo": {"dppo_divergence": "tv", "dppo_delta_low": 1e-3, "dppo_delta_high": 1e-3},
+    "ce_gppo_loop": {**CE_GPPO, **LOOP},
+    "par": {"par_schedule": "entropy", "par_target": 0.1, "par_delta": 0.2},
+    "entropic": {"entropic_target": 9.0, "entropic_kp": 0.05, "entropic_probability": 0.02},
+    "steer": {"steer_min_weight": 0.7},
+    "fipo": {"fipo_half_life": 2.0},
+    "clip_cov": {"clip_cov_fraction": 0.2, "clip_cov_low": -9.0, "clip_cov_high": 9.0},
+    "kl_cov": {"kl_cov_coef": 1.0, "kl_cov_fraction": 0.2},
+    "erc_target": {**ERC, "erc_target_fraction": 0.3, "erc_side": "outward"},
+}
+"""What selects or steers by the global batch, and the rest of the table, each on its own; mostly per token."""
 CONTROLS: dict[str, dict[str, Any]] = {
     "none": {},
     "erc": ERC,
@@ -35,18 +51,17 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "epo": EPO,
     "epo_per_turn": {**EPO, "epo_history": "per_turn"},
     "all": {**ERC, **CE_GPPO, **NLL, **EPO},
-    "stare": STARE,
+    **FAMILY,
     "asyppo": ASYPPO,
     "asyppo_all": {**ASYPPO, **ERC, **CE_GPPO, **NLL, **EPO},
 }
-TOKEN_LEVEL = ("stare",)
 CASES = [
     *itertools.product(
-        [name for name in CONTROLS if "asyppo" not in name and name not in TOKEN_LEVEL],
+        [name for name in CONTROLS if "asyppo" not in name and name not in FAMILY],
         ["dapo", "grpo"],
         ["token", "sequence"],
     ),
-    *((name, "dapo", "token") for name in TOKEN_LEVEL),
+    *((name, "dapo", "token") for name in FAMILY),
     ("asyppo", "dapo", "token"),
     ("asyppo_all", "grpo", "sequence"),
 ]

@@ -46,7 +46,7 @@ class ClipCovFields:
             authors say the paper means. `"micro_batch"` is the released code's: within each micro-batch of a process,
             by the current log-probs, among the tokens that PPO-clip has not dropped, so that the batch size decides
             which tokens are compared and, by the minimum of one, how many are dropped. A token's lot there is drawn
-            once per rollout and kept through `num_iterations`.
+            once per rollout and kept through `num_iterations`. The choice waits for the device at every micro-batch.
     """
 
     clip_cov_fraction: float = field(

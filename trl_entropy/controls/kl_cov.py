@@ -40,7 +40,7 @@ class KLCovFields:
             `"rollout"` selects once per rollout, over the global batch, from the rollout policy's log-probs: what the
             authors say the paper means. `"micro_batch"` is the released code's: within each micro-batch of a process,
             from the current log-probs, so that the batch size decides which tokens are compared and, by the minimum
-            of one, how many are selected.
+            of one, how many are selected. The choice waits for the device at every micro-batch.
         kl_cov_ppo_clip (`bool`, *optional*, defaults to `False`):
             Whether PPO-clip and the dual clip still act on the tokens that are not selected. Published: False, no
             clip on any token.
