@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import check_not_negative, check_positive
 from .control import PPO_CLIP_LOSSES, Context, Control, Metric, Metrics, MicroBatch, Rollout, TargetLoop
 from .importance import clipped_by_ppo, ratio_of
-from .steering import EntropyLoop, constants, held_at_bound, loop_figure, loop_metrics
+from .steering import INTEGRAL, EntropyLoop, constants, held_at_bound, loop_figure, loop_metrics
 from .tokens import PolicyTokens
 
 
@@ -127,12 +127,7 @@ CE_GPPO_LOOP = Control(
             "-1 to 1",
             "above 0 while the entropy is too high, else below; at -1 or 1 for long, the target is out of reach",
         ),
-        Metric(
-            "integral",
-            "nats",
-            "sum of the errors of the rollouts so far, but for those that would push `a` past its bound",
-            "levels off",
-        ),
+        INTEGRAL,
         Metric("alpha1", "-", "weight below the trust region, for this rollout", "0 to twice `ce_gppo_alpha1`"),
         Metric("alpha2", "-", "weight above the trust region, for this rollout", "0 to twice `ce_gppo_alpha2`"),
     ),

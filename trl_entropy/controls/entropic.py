@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import check_between, check_not_negative, check_positive
 from .control import LINEAR_LOSSES, Context, Control, Mark, Metric, Metrics, MicroBatch, Rollout, TargetLoop
-from .steering import EntropyLoop, constants, held_at_bound, loop_figure, loop_metrics
+from .steering import INTEGRAL, EntropyLoop, constants, held_at_bound, loop_figure, loop_metrics
 from .tokens import PolicyTokens, TokenMean
 
 
@@ -141,12 +141,7 @@ ENTROPIC = Control(
             "-1 to 1",
             "above 0 while the entropy is too high, else below; at -1 or 1 for long, the target is out of reach",
         ),
-        Metric(
-            "integral",
-            "nats",
-            "sum of the errors of the rollouts so far, but for those that would push `a` past its bound",
-            "levels off",
-        ),
+        INTEGRAL,
         Metric("weighted_fraction", "share of tokens", "tokens whose weight is not 1", "steady"),
     ),
     marks=(

@@ -111,6 +111,15 @@ def constants(prefix: str, values: Mapping[str, float], mask: Tensor) -> dict[st
     }
 
 
+INTEGRAL = Metric(
+    "integral",
+    "nats",
+    "sum of the errors of the rollouts so far, but for those that would push `a` past its bound",
+    "levels off",
+)
+"""Of a proportional-integral loop."""
+
+
 def loop_metrics(actuator: str, unit: str, healthy: str) -> tuple[Metric, ...]:
     """What `EntropyLoop.trace` logs; the actuator's unit, meaning and healthy range are the loop's."""
     return (
