@@ -61,6 +61,28 @@ def test_figure_is_written_as_svg_and_png(tmp_path: Path) -> None:
     assert {"first", "second", "mean reward", "optimizer step"} <= set(texts(svg))
 
 
+def test_svg_says_in_words_what_it_shows(tmp_path: Path) -> None:
+    svg = draw(REWARD, [run("<first>", 0.1, 0.4, 0.2), run("second", 0.3)], tmp_path / "reward")
+    root = ElementTree.fromstring(svg or "")
+    assert root.get("role") == "img"
+    assert root.get("aria-label") == (
+        "Reward; mean reward, <first>: 0.1 at 1, 0.2 at 3; mean reward, second: 0.3 at 1, 0.3 at 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([("0 to 1", 0.25), ("1 to 2", 0.5)], "Kind; share, a, ERC: 0 to 1 0.25, 1 to 2 0.5"),
+        ([(2.0, 0.25), (1.0, 0.5), (3.0, 1.0)], "Kind; share, a, ERC: 3 points"),
+        ([(1.0, 0.25), (1.0, 0.5), (3.0, 1.0)], "Kind; share, a, ERC: 0.25 at 1, 1 at 3"),
+    ],
+)
+def test_text_alternative_tells_bars_points_and_lines_apart(points: list[Any], expected: str) -> None:
+    rows = [("share", "a", "ERC", x, y) for x, y in points]
+    assert figures.text_alternative("Kind", rows) == expected
+
+
 def test_thin_line_is_the_metric_as_logged_and_thick_line_its_moving_average() -> None:
     (axis,) = figures._canvas(REWARD, [run("one", 1.0, 0.0, 0.0)]).axes
     raw, smooth = axis.lines

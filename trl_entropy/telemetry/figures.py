@@ -1,9 +1,11 @@
 """The figures of a report: metrics against the optimizer step, one line a run. Drawing needs the extra `plots`."""
 
 import csv
+import html
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,14 +112,32 @@ def rc_settings(name: str) -> Any:
 
 
 def save(canvas: "Canvas", title: str, stem: Path, rows: Iterable[Row]) -> str:
-    """Write `stem.png`, `stem.svg` and `stem.csv`; return the SVG element."""
-    svg_file = stem.parent / f"{stem.name}.svg"
+    """Write `stem.png`, `stem.svg` and `stem.csv`; return the SVG element, with its text alternative."""
+    svg_file, rows = stem.parent / f"{stem.name}.svg", list(rows)
     canvas.savefig(stem.parent / f"{stem.name}.png", dpi=160)
     canvas.savefig(svg_file, metadata={"Date": None, "Creator": None, "Title": title})
     with open(stem.parent / f"{stem.name}.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([CSV_HEADER, *rows])
-    svg = svg_file.read_text(encoding="utf-8")
+    text = html.escape(text_alternative(title, rows))
+    svg = svg_file.read_text(encoding="utf-8").replace("<svg", f'<svg role="img" aria-label="{text}"', 1)
+    svg_file.write_text(svg, encoding="utf-8")
     return svg[svg.index("<svg") :]
+
+
+def text_alternative(title: str, rows: Sequence[Row]) -> str:
+    """What a figure shows, in words: of every line its ends, of bars their heights, of a cloud of points how many."""
+    lines = [title]
+    for (panel, run, name), of_line in groupby(rows, key=lambda row: row[:3]):
+        points = [(x, y) for *_, x, y in of_line]
+        what = f"{panel}, {run}" if name == "as logged" else f"{panel}, {run}, {name}"
+        if any(isinstance(x, str) for x, _ in points):
+            lines.append(f"{what}: " + ", ".join(f"{x} {y:.3g}" for x, y in points))
+        elif any(float(x) < float(before) for (before, _), (x, _) in pairwise(points)):
+            lines.append(f"{what}: {len(points)} points")
+        else:
+            (first, start), (last, end) = points[0], points[-1]
+            lines.append(f"{what}: {start:.3g} at {first:.3g}, {end:.3g} at {last:.3g}")
+    return "; ".join(lines)
 
 
 def look(index: int) -> dict[str, str]:
