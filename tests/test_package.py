@@ -22,7 +22,7 @@ from trl_entropy.tasks import TASKS, Task, get_task
 
 ROOT = Path(trl_entropy.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "trl_entropy."))
-LAYERS = ("controls", "critics", "trainers", "ppo", "tasks", "telemetry", "commands")
+LAYERS = ("controls", "critics", "trainers", "ppo", "tasks", "telemetry", "evaluation", "commands")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -59,6 +59,7 @@ def test_imports_point_downwards() -> None:
         "telemetry": {"controls", "telemetry"},
         "trainers": {"controls", "critics", "telemetry", "trainers"},
         "ppo": {"controls", "critics", "telemetry", "trainers", "ppo"},
+        "evaluation": {"controls", "critics", "telemetry", "trainers", "tasks", "evaluation"},
         "commands": set(LAYERS),
     }
     for layer, below in allowed.items():

@@ -2,7 +2,7 @@
 
 What is new is written beside the old as `NAME.part`, flushed to the disk (`fsync`), and put in its place by a rename,
 which is flushed too. Everything of value that this package writes goes through here, but for two kinds: finished
-samples, which are appended and flushed batch by batch (`telemetry.samples`), and figures, which the next report draws
+samples, which are appended and flushed batch by batch (`evaluation.samples`), and figures, which the next report draws
 again. TRL's own files of a checkpoint are not flushed; their last one, `trainer_state.json`, makes it complete.
 """
 

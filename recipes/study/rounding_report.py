@@ -12,7 +12,7 @@ from epo_oscillation import put_table
 from matplotlib import rc_context
 
 from trl_entropy.telemetry.figures import add_legend, look, new_canvas, rc_settings
-from trl_entropy.telemetry.results import markdown_table
+from trl_entropy.telemetry.markdown import markdown_table
 from trl_entropy.telemetry.rounding import ALL
 
 FOLDER = Path(__file__).parent

@@ -18,8 +18,8 @@ from tests.commands.conftest import full_disk
 from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.commands import evaluate as command
 from trl_entropy.commands import train
-from trl_entropy.commands.engines import TransformersEngine
 from trl_entropy.commands.evaluate import EvaluateArguments, main, parse
+from trl_entropy.evaluation.engines import TransformersEngine
 
 NUM_PROBLEMS = 6
 REWARD = """

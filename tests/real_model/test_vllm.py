@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from tests.trainers.test_grpo import logged
 from tests.vllm import observe
-from trl_entropy.commands.checkpoints import find_checkpoint
-from trl_entropy.commands.engines import Sampling, TransformersEngine, VLLMEngine
+from trl_entropy.evaluation.checkpoints import find_checkpoint
+from trl_entropy.evaluation.engines import Sampling, TransformersEngine, VLLMEngine
 
 from .conftest import LORA, POLICIES, PRECISIONS, SCHEDULE
 

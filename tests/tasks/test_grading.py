@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset
 
 from tests.tasks.grading_table import BOXED, TEXTS, UNMET, pairs
-from trl_entropy.commands.suites import grade, load_suites
+from trl_entropy.evaluation.benchmarks import load_benchmark
+from trl_entropy.evaluation.suites import grade, load_suites
 from trl_entropy.tasks import get_task, grading
 from trl_entropy.tasks.answers import completion_answer, gold_answer, latex
-from trl_entropy.tasks.benchmarks import load_benchmark
 from trl_entropy.tasks.grading import maths_reward, reasoning_maths_reward
 from trl_entropy.tasks.rewards import load_reward_func
 

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trl_entropy.commands.checkpoints import Checkpoint, find_checkpoint, load_tokenizer
-from trl_entropy.commands.engines import Engine, Sampling, TransformersEngine, VLLMEngine
 from trl_entropy.commands.errors import in_one_line, one_line_if_full
 from trl_entropy.commands.fields import FieldParser, arguments_of, read_fields
-from trl_entropy.commands.suites import RewardError, Suite, grade, load_suites
+from trl_entropy.evaluation.benchmarks import BENCHMARKS
+from trl_entropy.evaluation.checkpoints import Checkpoint, find_checkpoint, load_tokenizer
+from trl_entropy.evaluation.engines import Engine, Sampling, TransformersEngine, VLLMEngine
+from trl_entropy.evaluation.results import compare, summarise, table
+from trl_entropy.evaluation.samples import Sample, SampleFile
+from trl_entropy.evaluation.suites import RewardError, Suite, grade, load_suites
 from trl_entropy.files import write_text
-from trl_entropy.tasks.benchmarks import BENCHMARKS
 from trl_entropy.tasks.templates import TEMPLATES, add_instruction, paragraphs, render, reply, template_of
-from trl_entropy.telemetry.results import compare, summarise, table
-from trl_entropy.telemetry.samples import Sample, SampleFile
 
 DEFAULT_BATCH_SIZES = {"transformers": 8, "vllm": 512}
 
@@ -40,7 +40,7 @@ class EvaluateArguments:
     Args:
         model: One or more of: a name on the hub, a model's folder, a run's checkpoint, a LoRA adapter's folder.
         output_dir: Folder for the samples, `results.json` and `results.md`.
-        benchmark: Names of `trl_entropy.tasks.benchmarks.BENCHMARKS`.
+        benchmark: Names of `trl_entropy.evaluation.benchmarks.BENCHMARKS`.
         dataset_file: With one `benchmark`, a local copy of its file; alone, a file of problems with the columns that
             the task `maths` reads.
         task: Name of a task of `trl_entropy.tasks.TASKS`.

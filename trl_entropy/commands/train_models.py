@@ -6,8 +6,8 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from trl_entropy.commands.checkpoints import is_adapter, require_safetensors
 from trl_entropy.commands.train_arguments import TrainArguments
+from trl_entropy.evaluation.checkpoints import is_adapter, require_safetensors
 from trl_entropy.tasks.templates import shown
 from trl_entropy.trainers import EntropyGRPOConfig
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .figures import Row, add_legend, look, new_canvas, rc_settings, require_plots, save
-from .results import markdown_table
+from .markdown import markdown_table
 from .rounding import ALL, NOISE_SHARE
 
 GATES = {

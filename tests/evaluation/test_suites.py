@@ -16,7 +16,7 @@ import trl
 from datasets import Dataset
 from packaging.version import Version
 
-from trl_entropy.commands.suites import RewardError, Suite, grade, load_suites
+from trl_entropy.evaluation.suites import RewardError, Suite, grade, load_suites
 from trl_entropy.tasks import rewards
 
 
@@ -57,7 +57,7 @@ def test_a_procedural_task() -> None:
 
 def test_rewards_in_place_of_the_tasks_own() -> None:
     (found,) = load_suites(
-        task="arithmetic", task_args={"size": 2}, reward_funcs=["tests.commands.test_suites.length"]
+        task="arithmetic", task_args={"size": 2}, reward_funcs=["tests.evaluation.test_suites.length"]
     )
     assert grade(found, [1, 0], ["abc", ""], [[], []]) == [3.0, 0.0]
 

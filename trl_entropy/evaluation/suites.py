@@ -17,8 +17,8 @@ from torch import nn
 from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, shutdown_event_loop_in_daemon, start_event_loop_in_daemon
 
+from trl_entropy.evaluation.benchmarks import load_benchmark
 from trl_entropy.tasks import get_task
-from trl_entropy.tasks.benchmarks import load_benchmark
 from trl_entropy.tasks.grading import maths_reward
 from trl_entropy.tasks.rewards import (
     NOT_PASSED,
@@ -68,7 +68,7 @@ def load_suites(
     """The problems of a task, of benchmarks, or of a file of mathematics problems.
 
     Args:
-        benchmarks: Names of `trl_entropy.tasks.benchmarks.BENCHMARKS`.
+        benchmarks: Names of `trl_entropy.evaluation.benchmarks.BENCHMARKS`.
         dataset_file: The one benchmark's file; with no benchmark, a file with the columns that the task `maths` reads.
         task: Name of a task of `trl_entropy.tasks.TASKS`.
         task_args: Arguments of the task's `load`.

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_entropy.commands.checkpoints import find_checkpoint
-from trl_entropy.commands.engines import Completion, NucleusSampler, Sampling, TransformersEngine
+from trl_entropy.evaluation.checkpoints import find_checkpoint
+from trl_entropy.evaluation.engines import Completion, NucleusSampler, Sampling, TransformersEngine
 
 SCORES = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12], [13, 14, 15]]

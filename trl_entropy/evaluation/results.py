@@ -4,8 +4,9 @@ from dataclasses import asdict
 from math import isnan
 from typing import Any
 
-from trl_entropy.telemetry.estimates import estimate, estimate_difference, pass_at_k
-from trl_entropy.telemetry.samples import Sample
+from trl_entropy.evaluation.estimates import estimate, estimate_difference, pass_at_k
+from trl_entropy.evaluation.samples import Sample
+from trl_entropy.telemetry.markdown import markdown_table
 
 CORRECT_REWARD = 1.0
 """A sample is correct if its rewards add up to at least this."""
@@ -18,7 +19,7 @@ def summarise(samples: list[list[Sample]], k: list[int], seed: int) -> dict[str,
     a problem's accuracy is that of its scored samples, and `pass` for a `k` is over the problems that have as many.
 
     Returns:
-        `avg` and `pass` (by k) as `trl_entropy.telemetry.estimates.Estimate`s with their `num_problems` (`None` where
+        `avg` and `pass` (by k) as `trl_entropy.evaluation.estimates.Estimate`s with their `num_problems` (`None` where
         no problem has `k` scored samples), `correct` and `scored` (samples per problem; `correct` is `None` where none
         is scored), `num_problems`, `num_ungraded` (problems without a scored sample), `num_unscored` (samples),
         `num_samples` per problem, `mean_tokens` and `truncated_fraction`.
@@ -73,15 +74,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             lengths = [f"{result['mean_tokens']:.0f}", f"{100 * result['truncated_fraction']:.1f} %"]
             rows.append([suite, model, *estimates, difference, *lengths, problems])
     return markdown_table(head, rows)
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up as plain text too."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
 
 
 def _rewards(problem: list[Sample]) -> list[float]:

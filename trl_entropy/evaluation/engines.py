@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from trl_entropy.commands.checkpoints import Checkpoint, load_tokenizer
+from trl_entropy.evaluation.checkpoints import Checkpoint, load_tokenizer
 from trl_entropy.trainers.contact_table import check_vllm
 
 

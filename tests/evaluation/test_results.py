@@ -2,8 +2,8 @@
 
 import pytest
 
-from trl_entropy.telemetry.results import compare, summarise, table
-from trl_entropy.telemetry.samples import Sample
+from trl_entropy.evaluation.results import compare, summarise, table
+from trl_entropy.evaluation.samples import Sample
 
 
 def problem(number, *rewards, truncated=0):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from trl_entropy.tasks import benchmarks
-from trl_entropy.tasks.benchmarks import BENCHMARKS, load_benchmark
+from trl_entropy.evaluation import benchmarks
+from trl_entropy.evaluation.benchmarks import BENCHMARKS, load_benchmark
 
 ROWS: dict[str, dict[str, Any]] = {
     "aime24": {"id": 60, "problem": "Find $m+n$.", "solution": r"\boxed{204}", "answer": "204", "year": "2024"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_entropy.telemetry.samples import Sample, SampleFile
+from trl_entropy.evaluation.samples import Sample, SampleFile
 
 SETTINGS = {"temperature": 0.6, "seed": 0, "model": "m"}
 

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
 
 from tests.conftest import VOCABULARY
-from trl_entropy.commands.checkpoints import find_checkpoint
-from trl_entropy.commands.engines import Sampling, TransformersEngine, VLLMEngine
+from trl_entropy.evaluation.checkpoints import find_checkpoint
+from trl_entropy.evaluation.engines import Sampling, TransformersEngine, VLLMEngine
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: .ci/vllm-env makes an environment that has it", allow_module_level=True)

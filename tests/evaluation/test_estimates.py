@@ -5,8 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from trl_entropy.telemetry import estimates
-from trl_entropy.telemetry.estimates import estimate, estimate_difference, pass_at_k
+from trl_entropy.evaluation import estimates
+from trl_entropy.evaluation.estimates import estimate, estimate_difference, pass_at_k
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
 from trl_entropy import pretrained
-from trl_entropy.commands import checkpoints
-from trl_entropy.commands.checkpoints import find_checkpoint, load_tokenizer
+from trl_entropy.evaluation import checkpoints
+from trl_entropy.evaluation.checkpoints import find_checkpoint, load_tokenizer
 
 
 @pytest.fixture
