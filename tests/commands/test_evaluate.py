@@ -16,9 +16,11 @@ from peft import LoraConfig, get_peft_model
 import trl_entropy
 from tests.commands.conftest import full_disk
 from trl_entropy import EntropyGRPOTrainer
-from trl_entropy.commands import evaluate as command
 from trl_entropy.commands import train
-from trl_entropy.commands.evaluate import EvaluateArguments, main, parse
+from trl_entropy.commands.evaluate import main, parse
+from trl_entropy.evaluation import arguments as evaluate_arguments
+from trl_entropy.evaluation import measure
+from trl_entropy.evaluation.arguments import EvaluateArguments
 from trl_entropy.evaluation.engines import TransformersEngine
 
 NUM_PROBLEMS = 6
@@ -165,7 +167,7 @@ def test_a_full_disk_is_one_line_and_finished_samples_stay(workplace: Path, larg
 
 def test_a_finished_evaluation_loads_no_model(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run()
-    monkeypatch.setattr(command, "TransformersEngine", None)
+    monkeypatch.setattr(measure, "TransformersEngine", None)
     assert run() == first
     # and of what is there, less can be asked for
     fewer = run("--n", "2", "--limit", "3")["rows"]["m"]
@@ -236,7 +238,7 @@ def test_a_task_keeps_its_prompts_and_a_config_file_its_fields(workplace: Path) 
 def test_a_prompt_that_leaves_no_room_is_refused_before_the_model_is_loaded(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "TransformersEngine", None)
+    monkeypatch.setattr(measure, "TransformersEngine", None)
     # the longest prompt has 12 tokens: 1+2+3+4+5+6= and a blank line
     with pytest.raises(
         SystemExit, match=r"makes 132 tokens, and its context is 128\. Set max_new_tokens to at most 116"
@@ -277,7 +279,7 @@ def test_bad_fields_are_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_the_papers_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluate_arguments, "find_spec", lambda name: None)
     found = parse(["--model", "a", "b", "--benchmark", "aime24", "hmmt25", "--output_dir", "out"])
     assert (found.n, found.temperature, found.top_p, found.max_new_tokens) == (32, 0.6, 0.95, 32768)
     assert (found.model, found.benchmark, found.k) == (["a", "b"], ["aime24", "hmmt25"], [1, 16, 32])
@@ -286,9 +288,9 @@ def test_the_papers_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -
 
 def test_vllm_is_taken_if_it_is_installed_and_named_if_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     fields: dict[str, Any] = {"model": ["m"], "output_dir": "out", "benchmark": ["aime24"]}
-    monkeypatch.setattr(command, "find_spec", lambda name: object())
+    monkeypatch.setattr(evaluate_arguments, "find_spec", lambda name: object())
     assert EvaluateArguments(**fields).backend == "vllm"
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluate_arguments, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"trl_entropy\[vllm\]"):
         EvaluateArguments(**fields, backend="vllm")
 
