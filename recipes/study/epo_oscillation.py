@@ -65,7 +65,7 @@ RESULTS, FIGURE, SECTION = (FOLDER / f"epo_oscillation.{ending}" for ending in (
 class RecordingTrainer(EntropyGRPOTrainer):
     """Keeps the entropies of every rollout, also where no control asks for them; it changes nothing else."""
 
-    controlled = True
+    hooks_active = True
     wants_old_entropies = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -117,7 +117,7 @@ class MeasuringTrainer(EntropyGRPOTrainer):
         others: Of `EntropyGRPOTrainer`.
     """
 
-    controlled = True
+    hooks_active = True
     wants_old_entropies = True
 
     def __init__(self, *args: Any, gate: str = "erc", **kwargs: Any) -> None:

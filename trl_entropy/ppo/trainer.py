@@ -124,7 +124,7 @@ class EntropyPPOTrainer(PPOLoop):
         return torch.cat(found)
 
     @property
-    def controlled(self) -> bool:
+    def hooks_active(self) -> bool:
         """Whether a control is on or critics take the value model's place."""
         return self.controls.any_control_enabled or self.critics is not None
 
@@ -225,7 +225,7 @@ class EntropyPPOTrainer(PPOLoop):
         return micro_batch(call.tokens, call.entropies, call.inputs.get("old_entropies"), "token", call.inputs)
 
     def shape(self, call: PPOCall) -> PolicyTokens:
-        if not self.controlled:
+        if not self.hooks_active:
             return call.tokens
         tokens, metrics = self.active.shape(self._micro_batch(call), self._context())
         call.without_bonus = tokens.without_bonus
@@ -233,7 +233,7 @@ class EntropyPPOTrainer(PPOLoop):
         return replace(tokens, logps=call.tokens.logps)
 
     def added_loss(self, call: PPOCall) -> Tensor | None:
-        if not self.controlled:
+        if not self.hooks_active:
             return None
         entropies, mask = call.entropies, call.tokens.mask
         if call.without_bonus is not None:

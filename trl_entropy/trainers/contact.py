@@ -85,8 +85,8 @@ FORWARD_PARAMETERS = tuple(signature(GRPOTrainer._get_per_token_logps_and_entrop
 class GRPOContact(ExactResume):
     """`trl.GRPOTrainer` with places for a subclass to act.
 
-    A subclass acts in `on_rollout`, `on_forward`, `added_loss`, `on_loss` and `control_metrics`. Where `controlled` is
-    False none of them is called and every step is TRL's own.
+    A subclass acts in `on_rollout`, `on_forward`, `added_loss`, `on_loss` and `control_metrics`. Where `hooks_active`
+    is False none of them is called and every step is TRL's own.
     """
 
     _loss_call: LossCall | None = None
@@ -100,8 +100,8 @@ class GRPOContact(ExactResume):
         check_trainer(self)
 
     @property
-    def controlled(self) -> bool:
-        """Whether a control is on."""
+    def hooks_active(self) -> bool:
+        """Whether a subclass has anything to do: a control to run, tokens to record, turns to measure."""
         return False
 
     @property
@@ -149,7 +149,7 @@ class GRPOContact(ExactResume):
         return "train" if self.model.training else "eval"
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.controlled:
+        if not self.hooks_active:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self._loss_call = call = LossCall(inputs=dict(inputs), mask=loss_mask(inputs))
         try:
@@ -193,7 +193,7 @@ class GRPOContact(ExactResume):
 
         FSDP may cast what a model returns to 16 bits, in which importance ratios overflow and entropies vanish.
         """
-        if not self.controlled:
+        if not self.hooks_active:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         with finite_logits(model, self.temperature):
             logps, entropies, *others = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
@@ -237,7 +237,7 @@ class GRPOContact(ExactResume):
         return rows, entropies
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        if not self.controlled:
+        if not self.hooks_active:
             return super()._generate_and_score_completions(inputs)
         self._rollout_forwards = [] if self.wants_old_entropies else None
         try:
@@ -282,7 +282,7 @@ class GRPOContact(ExactResume):
         return torch.where(rewards.isnan().all(dim=1), torch.nan, total)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.controlled:
+        if self.hooks_active:
             for name, value in self.control_metrics().items():
                 self._metrics[self.mode][name].append(value)
         super().log(logs, start_time)

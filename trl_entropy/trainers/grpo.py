@@ -94,7 +94,7 @@ class EntropyGRPOTrainer(GRPOContact):
         return recorder
 
     @property
-    def controlled(self) -> bool:
+    def hooks_active(self) -> bool:
         """Whether a control is on, or there are tokens to record or turns of episodes to measure."""
         if not isinstance(self.args, EntropyGRPOConfig):
             return False
@@ -264,7 +264,7 @@ class EntropyGRPOTrainer(GRPOContact):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.controlled and self.accelerator.sync_gradients:
+        if self.hooks_active and self.accelerator.sync_gradients:
             self._token_means[self.mode].close_window(self.accelerator.reduce)
         return loss
 
