@@ -21,7 +21,7 @@ from trl_entropy import AsyPPOConfig, AsyPPOTrainer
 from trl_entropy.controls import TokenMean
 from trl_entropy.telemetry import recorder as module
 from trl_entropy.telemetry.record import TokenRecord, read_record
-from trl_entropy.telemetry.recorder import Schedule, TokenRecorder, Update
+from trl_entropy.telemetry.recorder import RecordedMicroBatch, Schedule, TokenRecorder
 
 RECORDED = {"record_tokens": 10, "max_steps": 8}
 
@@ -144,7 +144,7 @@ def test_gradient_is_that_of_the_loss(make_trainer: Any, monkeypatch: pytest.Mon
     settings = {"loss_type": "bnpo", **LOSSES[name]}
     trainer = make_trainer(**settings, record_tokens=48, max_steps=4, learning_rate=1e-2, beta=0.0)
     calls: list[Any] = []
-    updates: list[Update] = []
+    micro_batches: list[RecordedMicroBatch] = []
     gradients: list[torch.Tensor] = []
     sizes: list[float] = []
     on_loss, add, backward = trainer.on_loss, trainer._recorder.add, trainer.accelerator.backward
@@ -155,13 +155,15 @@ def test_gradient_is_that_of_the_loss(make_trainer: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(trainer, "on_loss", lambda call, inputs: (calls.append(call), on_loss(call, inputs)))
     monkeypatch.setattr(trainer, "added_loss", lambda call: None)  # the policy loss alone
-    monkeypatch.setattr(trainer._recorder, "add", lambda update: (updates.append(update), add(update)))
+    monkeypatch.setattr(
+        trainer._recorder, "add", lambda micro_batch: (micro_batches.append(micro_batch), add(micro_batch))
+    )
     monkeypatch.setattr(trainer.accelerator, "backward", backward_twice)
     trained(trainer)
-    assert len(gradients) == len(updates) == 4
-    for gradient, update in zip(gradients, updates, strict=True):
-        mask = update.mask
-        found = trainer._recorder._columns(update)["gradient"][mask]
+    assert len(gradients) == len(micro_batches) == 4
+    for gradient, micro_batch in zip(gradients, micro_batches, strict=True):
+        mask = micro_batch.mask
+        found = trainer._recorder._columns(micro_batch)["gradient"][mask]
         tokens = mask.sum()  # that the loss is a mean over, or the rows and each row's tokens
         if settings["loss_type"] == "grpo":
             tokens = len(mask) * mask.sum(1, keepdim=True).expand_as(mask)[mask]
@@ -258,7 +260,7 @@ class Tokenizer:
         return "\u2581the" if token_id == 7 else "x"
 
 
-def make_update(step: int = 1, micro_step: int = 0, **inputs: Any) -> Update:
+def make_micro_batch(step: int = 1, micro_step: int = 0, **inputs: Any) -> RecordedMicroBatch:
     """Two completions of 4 tokens, the second with an observation in its second place, all drawn at random."""
     draw = torch.Generator().manual_seed(step)
     batch = {
@@ -275,7 +277,7 @@ def make_update(step: int = 1, micro_step: int = 0, **inputs: Any) -> Update:
     mask = torch.tensor([[True, True, True, False], [True, False, True, True]])
     logps, entropies = -torch.rand(2, 4, generator=draw), torch.rand(2, 4, generator=draw)
     metrics = {"epo/below_fraction": TokenMean(entropies < 0.5, mask)}
-    return Update(batch, mask, logps, entropies, metrics, step, micro_step)
+    return RecordedMicroBatch(batch, mask, logps, entropies, metrics, step, micro_step)
 
 
 @pytest.fixture
@@ -301,7 +303,7 @@ def written(recorder: TokenRecorder, folder: Path) -> TokenRecord:
 
 def test_whole_completions_have_their_prompt_and_observations(make_recorder: Any, tmp_path: Path) -> None:
     recorder = make_recorder()
-    recorder.add(make_update(step=4, micro_step=3))
+    recorder.add(make_micro_batch(step=4, micro_step=3))
     whole = written(recorder, tmp_path).whole
     assert rows_of(whole, "completion", "position", "token_id", "turn", "written") == [
         (30, -1, 3, -1, 0),
@@ -317,14 +319,14 @@ def test_whole_completions_have_their_prompt_and_observations(make_recorder: Any
     ]
     assert np.isnan(whole.column("H")[0])
     assert whole.column("token").tolist()[1:4] == ["<script>", "?", " the"]
-    update = make_update(step=4)
-    assert whole.column("epo_below")[-1] == float(update.entropies[1, 3] < 0.5)
+    micro_batch = make_micro_batch(step=4)
+    assert whole.column("epo_below")[-1] == float(micro_batch.entropies[1, 3] < 0.5)
 
 
 def test_sample_is_of_the_masked_tokens_and_uniform(make_recorder: Any, tmp_path: Path) -> None:
     recorder = make_recorder(num_tokens=2)
     for step in range(1, 601):
-        recorder.add(make_update(step=step, micro_step=4 * step))
+        recorder.add(make_micro_batch(step=step, micro_step=4 * step))
     sampled = written(recorder, tmp_path).sampled
     cells = rows_of(sampled, "completion", "position")
     counts = {cell: cells.count(cell) for cell in set(cells)}
@@ -334,20 +336,20 @@ def test_sample_is_of_the_masked_tokens_and_uniform(make_recorder: Any, tmp_path
 
 
 def test_ratio_of_a_sequence_is_that_of_all_its_tokens(make_recorder: Any, tmp_path: Path) -> None:
-    recorder, update = make_recorder(level="sequence"), make_update()
-    recorder.add(update)
+    recorder, micro_batch = make_recorder(level="sequence"), make_micro_batch()
+    recorder.add(micro_batch)
     sampled = written(recorder, tmp_path).sampled
-    change = (update.logps - update.inputs["old_per_token_logps"])[0, :3].mean()
+    change = (micro_batch.logps - micro_batch.inputs["old_per_token_logps"])[0, :3].mean()
     ratios = sampled.column("ratio")[sampled.column("completion") == 30]
     assert ratios == pytest.approx([math.exp(change)] * 3, rel=1e-6)
 
 
 def test_what_a_rollout_lacks_is_null(make_recorder: Any, tmp_path: Path) -> None:
-    recorder, update = make_recorder(), make_update()
+    recorder, micro_batch = make_recorder(), make_micro_batch()
     for name in ("old_entropies", "completion_index"):  # as in a rollout that a checkpoint without recorder kept
-        del update.inputs[name]  # type: ignore[attr-defined]
-    recorder.add(update)
-    recorder.add(make_update(step=2, micro_step=1, old_per_token_logps=None))
+        del micro_batch.inputs[name]  # type: ignore[attr-defined]
+    recorder.add(micro_batch)
+    recorder.add(make_micro_batch(step=2, micro_step=1, old_per_token_logps=None))
     sampled = written(recorder, tmp_path).sampled
     first = sampled.where(sampled.column("step") == 1)
     assert not any(first.has(name) for name in ("H_old", "entropy_ratio", "completion", "value_std", "erc_clipped"))
@@ -366,22 +368,22 @@ class NoSynchronisation(TorchDispatchMode):
 
 
 def test_adding_does_not_wait_for_the_device(make_recorder: Any) -> None:
-    recorder, updates = make_recorder(), [make_update(step, step - 1) for step in (1, 2, 3, 4)]
+    recorder, micro_batches = make_recorder(), [make_micro_batch(step, step - 1) for step in (1, 2, 3, 4)]
     with NoSynchronisation():
-        for update in updates:
-            recorder.add(update)
+        for micro_batch in micro_batches:
+            recorder.add(micro_batch)
 
 
 def test_global_random_numbers_are_left_alone(make_recorder: Any) -> None:
     recorder, before = make_recorder(), torch.get_rng_state()
-    recorder.add(make_update())
+    recorder.add(make_micro_batch())
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_processes_write_files_of_their_own(make_recorder: Any, tmp_path: Path) -> None:
     recorders = [make_recorder(process=process, num_processes=2) for process in (0, 1)]
     for recorder in recorders:
-        recorder.add(make_update())
+        recorder.add(make_micro_batch())
         recorder.flush()
     record = read_record(tmp_path)
     assert record is not None
@@ -396,7 +398,7 @@ def test_full_files_follow_each_other(make_recorder: Any, tmp_path: Path, monkey
     monkeypatch.setattr(module, "ROWS_PER_FILE", 6)
     recorder = make_recorder(schedule=Schedule(2, 8, 100))
     for micro_step in range(6):
-        recorder.add(make_update(step=micro_step // 2 + 1, micro_step=micro_step))
+        recorder.add(make_micro_batch(step=micro_step // 2 + 1, micro_step=micro_step))
     record = written(recorder, tmp_path)
     # a step is never split over two files, whose names would be the same
     assert len(list((tmp_path / "tokens").iterdir())) == 3
@@ -406,9 +408,9 @@ def test_full_files_follow_each_other(make_recorder: Any, tmp_path: Path, monkey
 @pytest.mark.parametrize("max_steps", [10, 5_000, 123_457])
 def test_size_is_bounded(max_steps: int) -> None:
     schedule = Schedule(micro_per_step=2, micro_per_rollout=16, max_steps=max_steps)
-    updates = [SimpleNamespace(step=micro // 2 + 1, micro_step=micro) for micro in range(0, 2 * max_steps)]
-    sampled: Any = [schedule.tokens(257, update) for update in updates]  # type: ignore[arg-type]
-    whole = [update.step for update in updates if schedule.takes_whole(update)]  # type: ignore[arg-type]
+    micro_batches = [SimpleNamespace(step=micro // 2 + 1, micro_step=micro) for micro in range(0, 2 * max_steps)]
+    sampled: Any = [schedule.tokens(257, micro_batch) for micro_batch in micro_batches]  # type: ignore[arg-type]
+    whole = [micro_batch.step for micro_batch in micro_batches if schedule.takes_whole(micro_batch)]  # type: ignore[arg-type]
     assert sum(sampled) <= module.MAX_SAMPLED
     assert sum(sampled) >= min(257 * max_steps, module.MAX_SAMPLED / 2)
     assert len(whole) <= module.MAX_ROLLOUTS

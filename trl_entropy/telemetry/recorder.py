@@ -37,7 +37,7 @@ PRESENT = "present"
 
 
 @dataclass(frozen=True)
-class Update:
+class RecordedMicroBatch:
     """One micro-batch of an optimizer step, as the recorder reads it.
 
     Attributes:
@@ -77,20 +77,20 @@ class Schedule:
     micro_per_rollout: int
     max_steps: int
 
-    def tokens(self, num_tokens: int, update: Update) -> int:
+    def tokens(self, num_tokens: int, batch: RecordedMicroBatch) -> int:
         """How many of a step's `num_tokens` are sampled from this micro-batch."""
         every = math.ceil(self.max_steps * num_tokens / MAX_SAMPLED)
-        if update.step % every:
+        if batch.step % every:
             return 0
-        index = update.micro_step % self.micro_per_step
+        index = batch.micro_step % self.micro_per_step
         return (index + 1) * num_tokens // self.micro_per_step - index * num_tokens // self.micro_per_step
 
-    def takes_whole(self, update: Update) -> bool:
+    def takes_whole(self, batch: RecordedMicroBatch) -> bool:
         """Whether whole completions are recorded: at a rollout's last micro-batch, its most off-policy one."""
         rollouts = math.ceil(self.max_steps * self.micro_per_step / self.micro_per_rollout)
         every = math.ceil(rollouts / MAX_ROLLOUTS)
-        last = (update.micro_step + 1) % self.micro_per_rollout == 0
-        return last and update.micro_step // self.micro_per_rollout % every == 0
+        last = (batch.micro_step + 1) % self.micro_per_rollout == 0
+        return last and batch.micro_step // self.micro_per_rollout % every == 0
 
 
 class TokenRecorder:
@@ -146,22 +146,22 @@ class TokenRecorder:
         self._schedule, self._blocks = schedule, []
         cut_after(self._folder, step, process=self._process, num_processes=self._num_processes)
 
-    def add(self, update: Update) -> None:
+    def add(self, batch: RecordedMicroBatch) -> None:
         """Record what the sampling takes of one micro-batch; without a synchronisation with the device."""
-        num_tokens, whole = self._schedule.tokens(self._num_tokens, update), self._schedule.takes_whole(update)
+        num_tokens, whole = self._schedule.tokens(self._num_tokens, batch), self._schedule.takes_whole(batch)
         if not num_tokens and not whole:
             return
-        if self._num_rows >= ROWS_PER_FILE and update.step > self._blocks[-1][0]["step"]:
+        if self._num_rows >= ROWS_PER_FILE and batch.step > self._blocks[-1][0]["step"]:
             self.flush()
-        columns = self._columns(update)
-        about = {"step": update.step, "rollout": update.micro_step // self._schedule.micro_per_rollout}
+        columns = self._columns(batch)
+        about = {"step": batch.step, "rollout": batch.micro_step // self._schedule.micro_per_rollout}
         if num_tokens:
-            chosen = self._choose(update, num_tokens)
-            columns[PRESENT] = update.mask
+            chosen = self._choose(batch, num_tokens)
+            columns[PRESENT] = batch.mask
             block = torch.stack([columns[name].flatten()[chosen].float() for name in (*MEASURED, PRESENT)])
             self._blocks.append(({**about, "whole": 0}, block))
         if whole:
-            self._blocks.append(({**about, "whole": 1}, _whole_completions(columns, update.inputs)))
+            self._blocks.append(({**about, "whole": 1}, _whole_completions(columns, batch.inputs)))
 
     def flush(self) -> None:
         """Write what has been recorded since the last file."""
@@ -184,24 +184,24 @@ class TokenRecorder:
     def _num_rows(self) -> int:
         return sum(block.shape[1] for _, block in self._blocks)
 
-    def _choose(self, update: Update, num_tokens: int) -> Tensor:
+    def _choose(self, batch: RecordedMicroBatch, num_tokens: int) -> Tensor:
         """Flat indices of a uniform sample of the tokens where the mask is True, without replacement."""
-        device = update.mask.device
+        device = batch.mask.device
         if self._generator is None:
             self._generator = torch.Generator(device)
         # by step rather than from where the last draw ended: a resumed run draws what an uninterrupted one does
-        self._generator.manual_seed((self._seed * 1_000_003 + update.micro_step) * 1009 + self._process)
-        scores = torch.rand(update.mask.shape, generator=self._generator, device=device)
-        scores = scores.masked_fill(~update.mask, -1.0).flatten()
+        self._generator.manual_seed((self._seed * 1_000_003 + batch.micro_step) * 1009 + self._process)
+        scores = torch.rand(batch.mask.shape, generator=self._generator, device=device)
+        scores = scores.masked_fill(~batch.mask, -1.0).flatten()
         return scores.topk(min(num_tokens, len(scores)), sorted=False).indices
 
-    def _columns(self, update: Update) -> dict[str, Tensor]:
+    def _columns(self, batch: RecordedMicroBatch) -> dict[str, Tensor]:
         """Every measured column, `(B, T)`; NaN where the run does not have it."""
-        inputs, mask, logps = update.inputs, update.mask, update.logps
+        inputs, mask, logps = batch.inputs, batch.mask, batch.logps
         on_policy = inputs.get("old_per_token_logps") is None
         old_logps: Tensor = logps if on_policy else inputs["old_per_token_logps"]
         absent = torch.full((), torch.nan, device=mask.device)
-        old_entropies = update.entropies if on_policy else inputs.get("old_entropies", absent)
+        old_entropies = batch.entropies if on_policy else inputs.get("old_entropies", absent)
         advantages = inputs["advantages"]
         advantages = (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logps)
         ratio = ratio_of(log_importance_weight(logps, old_logps, mask, self._level))
@@ -215,25 +215,25 @@ class TokenRecorder:
             "lp_old": old_logps,
             "lp": logps,
             "H_old": old_entropies,
-            "H": update.entropies,
+            "H": batch.entropies,
             "A": advantages,
-            "gradient": self._gradient(update),
+            "gradient": self._gradient(batch),
             "ratio": ratio,
-            "entropy_ratio": entropy_ratio(update.entropies, old_entropies, self._entropy_floor),
+            "entropy_ratio": entropy_ratio(batch.entropies, old_entropies, self._entropy_floor),
             "written": mask,
             "ppo_low": low,
             "ppo_high": high,
             **{name: inputs[name] for name in ("value_mean", "value_std") if name in inputs},
-            **{flag: update.metrics[key].value for flag, key in METRIC_OF_FLAG.items() if key in update.metrics},
+            **{flag: batch.metrics[key].value for flag, key in METRIC_OF_FLAG.items() if key in batch.metrics},
         }
         return {name: found.get(name, absent).expand_as(mask) for name in MEASURED}
 
-    def _gradient(self, update: Update) -> Tensor:
+    def _gradient(self, batch: RecordedMicroBatch) -> Tensor:
         """What the policy loss multiplies each token's gradient with, by the shaped tokens, `(B, T)`.
 
         NaN for the loss types SAPO and VESPO, which weigh tokens otherwise.
         """
-        shaped, logps, mask = update.shaped or update.inputs, update.logps, update.mask
+        shaped, logps, mask = batch.shaped or batch.inputs, batch.logps, batch.mask
         old_logps, advantages = shaped.get("old_per_token_logps"), shaped["advantages"]
         advantages = (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logps)
         old_logps = logps if old_logps is None else old_logps
@@ -249,7 +249,7 @@ class TokenRecorder:
         if self._level == "sequence":  # every token's term moves every token of its sequence
             mean = (gradient * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
             gradient = mean.expand_as(logps)
-        return gradient if update.frozen is None else torch.where(update.frozen, 0.0, gradient)
+        return gradient if batch.frozen is None else torch.where(batch.frozen, 0.0, gradient)
 
     def _text(self, token_id: int) -> str:
         if token_id not in self._texts:

@@ -26,7 +26,7 @@ from ..controls import (
     ratio_controls,
 )
 from ..telemetry.metrics import TokenMeans, turn_entropies
-from ..telemetry.recorder import RecorderCallback, TokenRecorder, Update
+from ..telemetry.recorder import RecordedMicroBatch, RecorderCallback, TokenRecorder
 from ..vllm_on_cpu import trainable_engines
 from .card import add_methods
 from .config import EntropyGRPOConfig
@@ -245,7 +245,9 @@ class EntropyGRPOTrainer(GRPOContact):
         if self._recorder is not None and self.mode == "train":
             measured = (call.mask, call.logps.detach(), call.entropies.detach(), call.metrics)
             position = {"step": self.state.global_step + 1, "micro_step": self._step}
-            self._recorder.add(Update(inputs, *measured, **position, shaped=call.inputs, frozen=call.frozen))
+            self._recorder.add(
+                RecordedMicroBatch(inputs, *measured, **position, shaped=call.inputs, frozen=call.frozen)
+            )
 
     def _per_window(self, inputs: Mapping[str, Tensor], name: str, needed_by: str) -> Tensor:
         """A count over the whole rollout, rescaled to one accumulation window of one process, as TRL's token mean is.
