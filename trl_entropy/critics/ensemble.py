@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .batches import MiniBatch, Rollout, RowTable, mini_batches
 from .checkpoint import read_critics, write_critics
 from .optimizer import CriticOptimizer
-from .processes import maximum, num_processes, place, summed
+from .processes import maximum, num_processes, shard, summed
 from .sharding import assign_shards
 from .value_model import values as values_of
 
@@ -50,7 +50,7 @@ class CriticEnsemble:
     ) -> None:
         _check_separate(critics)
         self.device = torch.device(device)
-        self.critics = [place(critic, self.device).eval() for critic in critics]
+        self.critics = [shard(critic, self.device).eval() for critic in critics]
         self._optimizers = [
             CriticOptimizer(
                 critic, learning_rate=learning_rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .processes import gathered, like, whole
+from .processes import gathered, sharded_like, unsharded
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -51,7 +51,7 @@ class CriticOptimizer:
         """Take one step on the gradients so far and forget them; return their norm before clipping, 0-dim."""
         copies = list(self._copies.values())
         limit = self.max_grad_norm or float("inf")
-        norm = whole(torch.nn.utils.clip_grad_norm_(copies, limit))
+        norm = unsharded(torch.nn.utils.clip_grad_norm_(copies, limit))
         self._adamw.step()
         self._adamw.zero_grad()
         self._round()
@@ -79,9 +79,9 @@ class CriticOptimizer:
         self._check_names(state["weights"])
         self._adamw.state.clear()
         for name, copy in self._copies.items():
-            copy.copy_(like(state["weights"][name], copy))
+            copy.copy_(sharded_like(state["weights"][name], copy))
             if name in state["steps"]:
-                moments = {moment: like(state[moment][name], copy) for moment in MOMENTS}
+                moments = {moment: sharded_like(state[moment][name], copy) for moment in MOMENTS}
                 self._adamw.state[copy] = {"step": torch.tensor(float(state["steps"][name])), **moments}
         self._round()
 

@@ -45,7 +45,7 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def place(critic: nn.Module, device: torch.device) -> nn.Module:
+def shard(critic: nn.Module, device: torch.device) -> nn.Module:
     """Move a critic to the device; with several processes, shard it over them with FSDP2.
 
     Each transformer block is a unit of its own. The critics do not depend on how the policy is sharded. All processes
@@ -62,7 +62,7 @@ def place(critic: nn.Module, device: torch.device) -> nn.Module:
     return critic
 
 
-def whole(value: Tensor) -> Tensor:
+def unsharded(value: Tensor) -> Tensor:
     """The unsharded tensor; every process must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
@@ -72,13 +72,13 @@ def gathered(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {}
     for name, value in values.items():
         # each in turn, so that a device holds one unsharded tensor at a time
-        unsharded = whole(value.detach())
+        complete = unsharded(value.detach())
         if process_rank() == 0:
-            result[name] = unsharded.cpu()
+            result[name] = complete.cpu()
     return result
 
 
-def like(value: Tensor, target: Tensor) -> Tensor:
+def sharded_like(value: Tensor, target: Tensor) -> Tensor:
     """An unsharded tensor on the device of `target`, with its dtype and sharded as it is."""
     value = value.to(device=target.device, dtype=target.dtype)
     if isinstance(target, DTensor):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..critics.processes import whole
+from ..critics.processes import unsharded
 
 LOWEST = -1e4
 """Of logits over the temperature: `exp` of it is 0 in every dtype, and so it fits into each."""
@@ -47,7 +47,7 @@ def finite_logits(model: nn.Module, temperature: float) -> Iterator[None]:
 @contextmanager
 def _finite_bias(model: nn.Module, lowest: float) -> Iterator[None]:
     owner = _head_with_bias(model)
-    if owner is None or not whole(owner.bias.detach()).isneginf().any():
+    if owner is None or not unsharded(owner.bias.detach()).isneginf().any():
         yield
         return
     bias = owner._parameters.pop("bias")
