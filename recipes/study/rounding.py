@@ -280,7 +280,7 @@ def measure(row: Row, device: str = "cpu") -> tuple[Measurement, float]:
     """The passes of a row, its updates in the order of `RATES`, and the processor seconds of one pass of training."""
     if not row.file.is_file():
         probe = prepare_probe(row.arguments(device))
-        with open_trainer(probe.run, row.probe_class) as trainer:
+        with open_trainer(probe.plan, row.probe_class) as trainer:
             callback = EveryRate(trainer, RATES)
             trainer.add_callback(callback)
             measured = replace(trainer.measure(), updates=tuple(callback.updates))

@@ -207,7 +207,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     probe = prepare_probe(Row("SmolLM2", "autocast", 1.0).arguments(options.device))
-    with open_trainer(probe.run, EntropyGRPOTrainer) as trainer:
+    with open_trainer(probe.plan, EntropyGRPOTrainer) as trainer:
         rows = measure(trainer, options.completions, options.rounds)
     about = {"completions": options.completions, **machine(options.device)}
     options.results.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")

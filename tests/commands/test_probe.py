@@ -112,26 +112,26 @@ def test_a_recipe_is_probed_as_it_trains(recipe: WriteRecipe) -> None:
         use_peft=True,
     )
     asked = probe.prepare_probe([*argv, "--steps", "3", "1", "3", "--output_dir", "there", "--learning_rate", "1e-5"])
-    config = asked.run.config
+    config = asked.plan.config
     assert asked.steps == (1, 3)
     assert asked.gates == Gates(0.9, 1.2, 0.1, 0.3, "token", 0.01)
     assert (config.temperature, config.learning_rate, config.per_device_train_batch_size) == (0.7, 1e-5, 4)
     assert (config.max_steps, config.max_completion_length, config.output_dir) == (3, 64, "there")
     assert (config.erc_enabled, config.use_vllm, config.bf16) == (False, False, False)
-    assert asked.run.model.use_peft
-    assert asked.run.eval_dataset is None
-    assert asked.run.checkpoint is None
+    assert asked.plan.model.use_peft
+    assert asked.plan.eval_dataset is None
+    assert asked.plan.checkpoint is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
 def test_the_precision_asked_for_replaces_that_of_the_recipe(recipe: WriteRecipe, dtype: str) -> None:
-    config = probe.prepare_probe([*recipe(fp16=True), "--dtype", dtype]).run.config
+    config = probe.prepare_probe([*recipe(fp16=True), "--dtype", dtype]).plan.config
     assert (config.fp16, config.bf16) == (False, dtype == "autocast")
 
 
 def test_critics_of_a_recipe_are_not_loaded(recipe: WriteRecipe) -> None:
     asked = probe.prepare_probe(recipe(critics=["policy"], critic_lora_r=4, erc_low=None, erc_high=None))
-    assert asked.run.script.critics is None
+    assert asked.plan.script.critics is None
     assert asked.gates == Gates(0.95, 1.05, 0.2, 0.2, "token")
 
 
@@ -187,9 +187,9 @@ def test_help_names_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_task_with_its_own_policy_needs_no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     asked = probe.prepare_probe(["--task", "arithmetic", "--dtype", "float32"])
-    assert asked.run.task is not None
-    assert asked.run.task.build_policy is not None
-    assert asked.run.model.model_name_or_path is None
+    assert asked.plan.task is not None
+    assert asked.plan.task.build_policy is not None
+    assert asked.plan.model.model_name_or_path is None
 
 
 @pytest.mark.real_model

@@ -11,7 +11,7 @@ import pytest
 
 from trl_entropy.telemetry import figures
 from trl_entropy.telemetry.figures import FIGURES, Figure, Panel, draw, series
-from trl_entropy.telemetry.runs import Run
+from trl_entropy.telemetry.runs import LoggedRun
 
 pytest.importorskip("matplotlib")
 
@@ -19,8 +19,8 @@ REWARD = next(figure for figure in FIGURES if figure.name == "reward")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def run(name: str, *rewards: float) -> Run:
-    return Run(name, [{"step": step, "reward": reward} for step, reward in enumerate(rewards, start=1)])
+def run(name: str, *rewards: float) -> LoggedRun:
+    return LoggedRun(name, [{"step": step, "reward": reward} for step, reward in enumerate(rewards, start=1)])
 
 
 def texts(svg: str) -> list[str]:
@@ -92,7 +92,7 @@ def test_thin_line_is_the_metric_as_logged_and_thick_line_its_moving_average() -
 
 
 def test_runs_keep_their_colour_when_one_lacks_the_metric() -> None:
-    (axis,) = figures._canvas(REWARD, [Run("none", []), run("some", 0.1, 0.2)]).axes
+    (axis,) = figures._canvas(REWARD, [LoggedRun("none", []), run("some", 0.1, 0.2)]).axes
     assert {line.get_color() for line in axis.lines} == {figures.COLOURS[1]}
 
 
@@ -121,8 +121,8 @@ def test_long_name_is_shortened(tmp_path: Path) -> None:
     assert "x" * 39 + "…" in texts(svg)
 
 
-def corridor_run(name: str, **metrics: float) -> Run:
-    return Run(name, [{"step": step, "entropy": 0.5, **metrics} for step in (1, 2)])
+def corridor_run(name: str, **metrics: float) -> LoggedRun:
+    return LoggedRun(name, [{"step": step, "entropy": 0.5, **metrics} for step in (1, 2)])
 
 
 def test_band_is_shaded_for_the_runs_that_have_it() -> None:
@@ -136,12 +136,14 @@ def test_band_is_shaded_for_the_runs_that_have_it() -> None:
 
 def test_guide_is_dotted_in_the_colour_of_its_run(tmp_path: Path) -> None:
     loop = next(figure for figure in FIGURES if figure.name == "entropic")
-    runs = [Run(name, [{"step": 1, "entropic/entropy": 0.5, "entropic/set_point": 0.3}]) for name in ("one", "two")]
+    runs = [
+        LoggedRun(name, [{"step": 1, "entropic/entropy": 0.5, "entropic/set_point": 0.3}]) for name in ("one", "two")
+    ]
     axis, _ = figures._canvas(loop, runs).axes
     dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
     assert [list(line.get_ydata()) for line in dotted] == [[0.3], [0.3]]
     assert [line.get_color() for line in dotted] == list(figures.COLOURS[:2])
-    assert figures._points(Run("none", [{"step": 1, "entropic/entropy": 0.5}]), loop.panels[0]) == ([], [])
+    assert figures._points(LoggedRun("none", [{"step": 1, "entropic/entropy": 0.5}]), loop.panels[0]) == ([], [])
     draw(loop, runs[:1], tmp_path / "loop")
     rows = list(csv.reader((tmp_path / "loop.csv").read_text(encoding="utf-8").splitlines()))[1:]
     assert [row[2:] for row in rows] == [["as logged", "1.0", "0.5"], ["entropic/set_point", "1.0", "0.3"]]
@@ -167,7 +169,7 @@ def test_same_data_is_the_same_file(tmp_path: Path) -> None:
 
 
 def test_nothing_is_drawn_without_the_metric(tmp_path: Path) -> None:
-    assert draw(REWARD, [Run("empty", [{"step": 1, "loss": 0.5}])], tmp_path / "reward") is None
+    assert draw(REWARD, [LoggedRun("empty", [{"step": 1, "loss": 0.5}])], tmp_path / "reward") is None
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from trl_entropy.commands.errors import in_one_line, one_line_if_full
-from trl_entropy.commands.train import Run, open_trainer, prepare
+from trl_entropy.commands.train import TrainingPlan, open_trainer, prepare
 from trl_entropy.commands.train_rows import check_number_of_rows
 from trl_entropy.files import write_json
 from trl_entropy.telemetry.rounding import Gates, Measurement, summarise
@@ -42,12 +42,12 @@ class Probe:
     """A checked probe. No model has been loaded for it yet.
 
     Attributes:
-        run: What to train the few steps: a small copy of the run that is asked about.
+        plan: The few steps to train: a small copy of the run that is asked about.
         gates: The controls' bounds.
         steps: After which optimizer steps to measure.
     """
 
-    run: Run
+    plan: TrainingPlan
     gates: Gates
     steps: tuple[int, ...]
 
@@ -81,19 +81,19 @@ def prepare_probe(argv: list[str] | None = None) -> Probe:
         raise ValueError(f"steps={own.steps} must all be at least 1: optimizer steps after which to measure.")
     if own.max_completion_length < 1:
         raise ValueError(f"max_completion_length={own.max_completion_length} must be at least 1.")
-    run = prepare([*_of_training(own), *fields, *_LEFT_OUT, "--output_dir", own.output_dir])
-    if run.config.fp16 and not torch.accelerator.is_available():
+    plan = prepare([*_of_training(own), *fields, *_LEFT_OUT, "--output_dir", own.output_dir])
+    if plan.config.fp16 and not torch.accelerator.is_available():
         raise ValueError("fp16=True needs a GPU. Set dtype to float32, bfloat16 or autocast, or probe on one.")
-    low, high = run.config.erc_bounds or PUBLISHED_BOUNDS
+    low, high = plan.config.erc_bounds or PUBLISHED_BOUNDS
     gates = Gates(
-        *(low, high, run.config.epsilon, run.config.eps_high, run.config.importance_sampling_level),
-        erc_floor=run.config.erc_entropy_floor,
+        *(low, high, plan.config.epsilon, plan.config.eps_high, plan.config.importance_sampling_level),
+        erc_floor=plan.config.erc_entropy_floor,
     )
-    config = probe_config(run.config, max_steps=max(own.steps), max_completion_length=own.max_completion_length)
-    check_number_of_rows(run.train_dataset, config)
-    script = replace(run.script, critics=None, critic_lora_r=None)
-    run = replace(run, script=script, config=config, reward_funcs=[alternating_reward], eval_dataset=None)
-    return Probe(run, gates, tuple(sorted(set(own.steps))))
+    config = probe_config(plan.config, max_steps=max(own.steps), max_completion_length=own.max_completion_length)
+    check_number_of_rows(plan.train_dataset, config)
+    script = replace(plan.script, critics=None, critic_lora_r=None)
+    plan = replace(plan, script=script, config=config, reward_funcs=[alternating_reward], eval_dataset=None)
+    return Probe(plan, gates, tuple(sorted(set(own.steps))))
 
 
 _LEFT_OUT = (
@@ -117,15 +117,15 @@ def measure(probe: Probe) -> tuple[Measurement, str | None]:
         The passes, and why those in float32 were left out (`None` where they were not).
     """
     made = partial(RoundingProbe, measured_steps=probe.steps, progress=_progress)
-    with open_trainer(probe.run, made) as trainer:
+    with open_trainer(probe.plan, made) as trainer:
         return trainer.measure(), trainer.float32_is_left_out
 
 
 def summary_of(probe: Probe, measured: Measurement, left_out: str | None) -> dict[str, Any]:
     """What `probe.json` holds: settings, `summarise`'s numbers, and advice."""
-    config, model = probe.run.config, probe.run.model
+    config, model = probe.plan.config, probe.plan.model
     settings = {
-        "model": model.model_name_or_path or probe.run.script.task,
+        "model": model.model_name_or_path or probe.plan.script.task,
         "dtype": str(model.dtype),
         "autocast": "bfloat16" if config.bf16 else "float16" if config.fp16 else None,
         "lora_r": model.lora_r if model.use_peft else None,
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _measure_and_write(probe: Probe) -> None:
     summary = summary_of(probe, *measure(probe))
-    folder = Path(probe.run.config.output_dir)
+    folder = Path(probe.plan.config.output_dir)
     write_json(folder / "probe.json", summary)
     print(tables(summary))
     print("\n" + "\n".join(summary["advice"]))

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingPlan:
     """A checked training run. No model has been loaded for it yet.
 
     Attributes:
@@ -63,7 +63,7 @@ class Run:
     checkpoint: str | None
 
 
-def prepare(argv: list[str] | None = None) -> Run:
+def prepare(argv: list[str] | None = None) -> TrainingPlan:
     """Parse and check everything that can be checked before a model is loaded, and load the rows.
 
     Raises:
@@ -95,53 +95,53 @@ def prepare(argv: list[str] | None = None) -> Run:
     script.critics = script.critics and [resolve_model(name) for name in script.critics]
     check_models(script, model, config)
     check_reward_model(script, model, config, next(iter(train_dataset))["prompt"])
-    run = Run(script, config, model, task, train_dataset, eval_dataset, reward_funcs, checkpoint)
-    return _with_checked_prompts(run, model.model_name_or_path) if model.model_name_or_path else run
+    plan = TrainingPlan(script, config, model, task, train_dataset, eval_dataset, reward_funcs, checkpoint)
+    return _with_checked_prompts(plan, model.model_name_or_path) if model.model_name_or_path else plan
 
 
-def train(run: Run) -> None:
+def train(plan: TrainingPlan) -> None:
     """Train, and save the model, its card, `trainer_state.json` and, with the extra `plots`, `report.html`."""
-    config = run.config
-    with open_trainer(run) as trainer:
-        trainer.train(resume_from_checkpoint=run.checkpoint)
+    config = plan.config
+    with open_trainer(plan) as trainer:
+        trainer.train(resume_from_checkpoint=plan.checkpoint)
     trainer.save_model(config.output_dir)
     trainer.save_state()
-    trainer.create_model_card(dataset_name=run.script.dataset_name)
+    trainer.create_model_card(dataset_name=plan.script.dataset_name)
     if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=run.script.dataset_name)
+        trainer.push_to_hub(dataset_name=plan.script.dataset_name)
     if trainer.is_world_process_zero():
         _write_report(config.output_dir)
 
 
 @contextmanager
-def open_trainer(run: Run, trainer_class: Callable[..., Any] | None = None) -> Iterator[Any]:
+def open_trainer(plan: TrainingPlan, trainer_class: Callable[..., Any] | None = None) -> Iterator[Any]:
     """The trainer of a run, with its model loaded; the environments of its task are closed on leaving.
 
     Args:
-        run: From `prepare`.
+        plan: From `prepare`.
         trainer_class: Takes the arguments of `EntropyGRPOTrainer`; `None` for the one that the recipe asks for.
     """
-    config = run.config
-    policy = run.model.model_name_or_path
+    config = plan.config
+    policy = plan.model.model_name_or_path
     if not policy:
-        assert run.task is not None
-        assert run.task.build_policy is not None
-        policy = _built_policy(run, run.task.build_policy)
-        run = _with_checked_prompts(run, policy)
+        assert plan.task is not None
+        assert plan.task.build_policy is not None
+        policy = _built_policy(plan, plan.task.build_policy)
+        plan = _with_checked_prompts(plan, policy)
     config.model_init_kwargs = {
-        "revision": run.model.model_revision,
+        "revision": plan.model.model_revision,
         "trust_remote_code": config.trust_remote_code,
-        "attn_implementation": run.model.attn_implementation,
-        "dtype": run.model.dtype,
+        "attn_implementation": plan.model.attn_implementation,
+        "dtype": plan.model.dtype,
         **(config.model_init_kwargs or {}),
     }
     set_seed(config.seed)  # TRL 1.12 makes LoRA's weights before it seeds
-    with _rollout(run) as rollout_func:
-        yield _trainer(run, policy, rollout_func, trainer_class)
+    with _rollout(plan) as rollout_func:
+        yield _trainer(plan, policy, rollout_func, trainer_class)
 
 
 def _trainer(
-    run: Run,
+    plan: TrainingPlan,
     policy: str,
     rollout_func: Callable[..., Any] | None,
     trainer_class: Callable[..., Any] | None,
@@ -149,35 +149,35 @@ def _trainer(
     """The trainer that is given, or that the recipe asks for: AsyPPO where it names critics."""
     arguments: dict[str, Any] = {
         "model": policy,
-        "reward_funcs": run.reward_funcs,
-        "args": run.config,
-        "train_dataset": run.train_dataset,
-        "eval_dataset": run.eval_dataset,
-        "quantization_config": get_quantization_config(run.model),
-        "peft_config": get_peft_config(run.model),
+        "reward_funcs": plan.reward_funcs,
+        "args": plan.config,
+        "train_dataset": plan.train_dataset,
+        "eval_dataset": plan.eval_dataset,
+        "quantization_config": get_quantization_config(plan.model),
+        "peft_config": get_peft_config(plan.model),
         "rollout_func": rollout_func,
         "callbacks": [DiagnosisCallback()],
     }
     if trainer_class is not None:
         return trainer_class(**arguments)
-    if not run.script.critics:
+    if not plan.script.critics:
         return EntropyGRPOTrainer(**arguments)
-    critics: list[Any] = [policy if name == "policy" else name for name in run.script.critics]
+    critics: list[Any] = [policy if name == "policy" else name for name in plan.script.critics]
     adapter = None
-    if run.script.critic_lora_r:
-        rank = run.script.critic_lora_r
+    if plan.script.critic_lora_r:
+        rank = plan.script.critic_lora_r
         adapter = LoraConfig(task_type="TOKEN_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     return AsyPPOTrainer(**arguments, critics=critics if len(critics) > 1 else critics[0], critic_peft_config=adapter)
 
 
 @contextmanager
-def _rollout(run: Run) -> Iterator[Callable[..., Any] | None]:
+def _rollout(plan: TrainingPlan) -> Iterator[Callable[..., Any] | None]:
     """The rollout of a task whose completions are episodes; its environments are closed after training."""
-    build = run.task.build_rollout if run.task else None
+    build = plan.task.build_rollout if plan.task else None
     if build is None:
         yield None
         return
-    arguments = run.script.environment_args or {}
+    arguments = plan.script.environment_args or {}
     assert not isinstance(arguments, str)  # TrainArguments has read it
     rollout = build(**arguments)
     try:
@@ -197,10 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     with one_line_if_full("train", "and go on with resume_from_checkpoint=auto: the last checkpoint is whole."):
         try:
-            run = prepare(argv)
+            plan = prepare(argv)
         except (ValueError, OSError, ImportError) as error:
             raise SystemExit(f"trl-entropy train: error: {in_one_line(error)}") from error
-        train(run)
+        train(plan)
     # The trainer's DDP wrapper must go first: freed after the process group, it can wait for it forever (gloo).
     gc.collect()
     PartialState().destroy_process_group()
@@ -239,11 +239,11 @@ def _checkpoint(config: EntropyGRPOConfig) -> str | None:
     return wanted
 
 
-def _built_policy(run: Run, build_policy: Callable[[str, int], str]) -> str:
+def _built_policy(plan: TrainingPlan, build_policy: Callable[[str, int], str]) -> str:
     """The task's own policy, built in `output_dir/policy` by one process while the others wait."""
-    config, path = run.config, Path(run.config.output_dir, "policy")
+    config, path = plan.config, Path(plan.config.output_dir, "policy")
     with config.main_process_first(desc="building the policy"):
-        ready = run.checkpoint is not None and (path / "config.json").is_file()
+        ready = plan.checkpoint is not None and (path / "config.json").is_file()
         if config.local_process_index == 0 and not ready:
             build_policy(str(path), config.seed)
     return str(path)
@@ -256,18 +256,18 @@ def _write_report(output_dir: str) -> None:
         logger.warning("No report: %s", error)
 
 
-def _with_checked_prompts(run: Run, policy: str) -> Run:
+def _with_checked_prompts(plan: TrainingPlan, policy: str) -> TrainingPlan:
     """The run with those of its rows whose prompts are short enough, now that there is a tokenizer to measure them."""
-    tokenizer, sees_images = load_tokenizer(policy, run.model, run.config)
-    limit, arguments = run.script.max_prompt_length, run.config.chat_template_kwargs
-    datasets = {"train_dataset": run.train_dataset, "eval_dataset": run.eval_dataset}
+    tokenizer, sees_images = load_tokenizer(policy, plan.model, plan.config)
+    limit, arguments = plan.script.max_prompt_length, plan.config.chat_template_kwargs
+    datasets = {"train_dataset": plan.train_dataset, "eval_dataset": plan.eval_dataset}
     for name, dataset in datasets.items():
         if dataset is not None and not sees_images:
-            check_prompts(dataset, tokenizer, run.config, run.task)
+            check_prompts(dataset, tokenizer, plan.config, plan.task)
         if dataset is not None and limit is not None:
             datasets[name] = drop_long_prompts(dataset, tokenizer, limit, arguments)
-    check_number_of_rows(datasets["train_dataset"], run.config)
-    return replace(run, **datasets)
+    check_number_of_rows(datasets["train_dataset"], plan.config)
+    return replace(plan, **datasets)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..controls import CONTROLS
 from ..controls.control import Figure, Panel
-from .runs import Run
+from .runs import LoggedRun
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -85,7 +85,7 @@ def series(log_history: Sequence[dict[str, Any]], keys: Sequence[str]) -> tuple[
     return [step for step, _ in points], [value for _, value in points]
 
 
-def draw(figure: Figure, runs: Sequence[Run], stem: Path) -> str | None:
+def draw(figure: Figure, runs: Sequence[LoggedRun], stem: Path) -> str | None:
     """Draw a figure and save it as `stem.svg` and `stem.png`, and its numbers as `stem.csv`.
 
     The thin line is the metric as logged, the thick one its exponential moving average, a dotted one a guide.
@@ -174,7 +174,7 @@ def plain_text(text: Any, name: str) -> None:
     text.set_text(name)
 
 
-def _canvas(figure: Figure, runs: Sequence[Run]) -> "Canvas":
+def _canvas(figure: Figure, runs: Sequence[LoggedRun]) -> "Canvas":
     canvas, axes = new_canvas(len(figure.panels))
     shown: dict[int, Any] = {}
     for axis, panel in zip(axes, figure.panels, strict=True):
@@ -198,7 +198,7 @@ def _canvas(figure: Figure, runs: Sequence[Run]) -> "Canvas":
     return canvas
 
 
-def _points(run: Run, panel: Panel) -> tuple[list[float], list[float]]:
+def _points(run: LoggedRun, panel: Panel) -> tuple[list[float], list[float]]:
     """What a panel shows of a run; nothing if the run lacks the panel's band or a guide."""
     if panel.band and not _band(run, panel.band)[0]:
         return [], []
@@ -207,7 +207,7 @@ def _points(run: Run, panel: Panel) -> tuple[list[float], list[float]]:
     return series(run.log_history, panel.keys)
 
 
-def _band(run: Run, keys: tuple[str, str]) -> tuple[list[float], list[float], list[float]]:
+def _band(run: LoggedRun, keys: tuple[str, str]) -> tuple[list[float], list[float], list[float]]:
     """Steps, lower and upper edge, where a log entry has both."""
     both = [entry for entry in run.log_history if all(key in entry for key in keys)]
     low, high = (dict(zip(*series(both, (key,)), strict=True)) for key in keys)
@@ -215,7 +215,7 @@ def _band(run: Run, keys: tuple[str, str]) -> tuple[list[float], list[float], li
     return steps, [low[step] for step in steps], [high[step] for step in steps]
 
 
-def _rows(figure: Figure, runs: Sequence[Run]) -> Iterator[Row]:
+def _rows(figure: Figure, runs: Sequence[LoggedRun]) -> Iterator[Row]:
     for panel in figure.panels:
         for run in runs:
             for step, value in zip(*_points(run, panel), strict=True):

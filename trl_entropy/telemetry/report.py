@@ -14,7 +14,7 @@ from .completions import MARKS, Completion, completions_of
 from .diagnosis import diagnose
 from .figures import FIGURES, draw, require_plots
 from .record import TokenRecord, read_record
-from .runs import Run, read_runs
+from .runs import LoggedRun, read_runs
 from .token_drawing import draw_tokens
 from .token_figures import TOKEN_FIGURES, RecordedRun
 
@@ -79,7 +79,7 @@ def write_report(
     return output
 
 
-def _token_page(runs: Sequence[Run], figure_folder: Path) -> TokenPage:
+def _token_page(runs: Sequence[LoggedRun], figure_folder: Path) -> TokenPage:
     records: dict[int, TokenRecord] = {}
     for index, run in enumerate(runs):
         record = read_record(run.folder) if run.folder else None
@@ -95,7 +95,7 @@ def _token_page(runs: Sequence[Run], figure_folder: Path) -> TokenPage:
     return TokenPage(figures, {name: found for name, found in completions.items() if found})
 
 
-def _findings(runs: Sequence[Run]) -> dict[str, list[Finding]]:
+def _findings(runs: Sequence[LoggedRun]) -> dict[str, list[Finding]]:
     """The findings of each run that its log is long enough for."""
     return {run.name: diagnose(run.log_history) for run in runs if len(run.log_history) >= MIN_ENTRIES}
 
@@ -103,7 +103,7 @@ def _findings(runs: Sequence[Run]) -> dict[str, list[Finding]]:
 def _render(
     title: str,
     note: str | None,
-    runs: Sequence[Run],
+    runs: Sequence[LoggedRun],
     figures: Sequence[DrawnFigure],
     tokens: TokenPage,
     figure_folder: str,
@@ -132,7 +132,7 @@ def _render(
     )
 
 
-def _accuracy_row(run: Run) -> dict[str, str]:
+def _accuracy_row(run: LoggedRun) -> dict[str, str]:
     before, after = run.result.get("accuracy_before"), run.result["accuracy_after"]
     return {
         "name": run.name,
@@ -161,7 +161,7 @@ def _value(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _split_settings(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def _split_settings(runs: Sequence[LoggedRun]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """The settings that all runs share, and for each of the others its value in every run (`None` where not set)."""
     settings = [run.result.get("settings", {}) for run in runs]
     keys = dict.fromkeys(key for of_run in settings for key in of_run)

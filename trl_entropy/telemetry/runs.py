@@ -13,7 +13,7 @@ RESULTS_FILE = "results.json"
 
 
 @dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """One training run, as far as its folder tells.
 
     Attributes:
@@ -29,7 +29,7 @@ class Run:
     folder: Path | None = None
 
 
-def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+def read_runs(folders: Sequence[str | Path]) -> list[LoggedRun]:
     """Read run folders; a folder with a `results.json` of several arms gives one run an arm.
 
     Args:
@@ -48,15 +48,15 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     ]
 
 
-def _read_folder(folder: Path, prefix: bool) -> list[Run]:
+def _read_folder(folder: Path, prefix: bool) -> list[LoggedRun]:
     if not (folder / RESULTS_FILE).is_file():
         result = _read_json(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else {}
-        return [Run(folder.resolve().name, _log_history(folder), result, folder)]
+        return [LoggedRun(folder.resolve().name, _log_history(folder), result, folder)]
     arms = _read_json(folder / RESULTS_FILE).get("arms")
     if not isinstance(arms, dict) or not all(isinstance(result, dict) for result in arms.values()):
         raise ValueError(f"{folder / RESULTS_FILE} has no 'arms' that map names to results. Run the quickstart again.")
     name = f"{folder.resolve().name}/" if prefix else ""
-    return [Run(name + arm, _log_history(folder / arm), result, folder / arm) for arm, result in arms.items()]
+    return [LoggedRun(name + arm, _log_history(folder / arm), result, folder / arm) for arm, result in arms.items()]
 
 
 def _log_history(folder: Path) -> list[dict[str, Any]]:
