@@ -26,7 +26,7 @@ from trl_entropy.files import write_text
 from trl_entropy.tasks.templates import add_instruction, paragraphs, render, reply, template_of
 
 
-class Cell:
+class ModelOnSuite:
     """One model on one suite: its prompts, and its samples so far.
 
     Args:
@@ -108,7 +108,7 @@ class Cell:
         return [[self.file.samples[problem, i] for i in range(self.n)] for problem in range(len(self.prompts))]
 
 
-def prepare(arguments: EvaluateArguments) -> list[tuple[Checkpoint, list[Cell]]]:
+def prepare(arguments: EvaluateArguments) -> list[tuple[Checkpoint, list[ModelOnSuite]]]:
     """Load the problems and check all that can be checked before the first model is loaded.
 
     Raises:
@@ -123,11 +123,11 @@ def prepare(arguments: EvaluateArguments) -> list[tuple[Checkpoint, list[Cell]]]
     for name in arguments.model:
         checkpoint = find_checkpoint(name, trust_remote_code=arguments.trust_remote_code)
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=arguments.trust_remote_code)
-        prepared.append((checkpoint, [Cell(arguments, suite, checkpoint, tokenizer) for suite in suites]))
+        prepared.append((checkpoint, [ModelOnSuite(arguments, suite, checkpoint, tokenizer) for suite in suites]))
     return prepared
 
 
-def evaluate(arguments: EvaluateArguments, prepared: list[tuple[Checkpoint, list[Cell]]]) -> dict[str, Any]:
+def evaluate(arguments: EvaluateArguments, prepared: list[tuple[Checkpoint, list[ModelOnSuite]]]) -> dict[str, Any]:
     """Evaluate every model on every suite, and write `results.json` and `results.md`.
 
     Returns:
@@ -135,14 +135,14 @@ def evaluate(arguments: EvaluateArguments, prepared: list[tuple[Checkpoint, list
         model but the first, the `difference` from the first.
     """
     results: dict[str, dict[str, Any]] = {}
-    for checkpoint, cells in prepared:
-        _complete(arguments, checkpoint, cells)
-        for cell in cells:
-            by_model = results.setdefault(cell.suite.name, {})
+    for checkpoint, on_suites in prepared:
+        _complete(arguments, checkpoint, on_suites)
+        for on_suite in on_suites:
+            by_model = results.setdefault(on_suite.suite.name, {})
             try:
-                result = summarise(cell.samples(), list(arguments.k or ()), arguments.seed)
+                result = summarise(on_suite.samples(), list(arguments.k or ()), arguments.seed)
             except ValueError as error:
-                raise RewardError(f"{cell.suite.name}: {error}") from error
+                raise RewardError(f"{on_suite.suite.name}: {error}") from error
             if by_model:
                 result["difference"] = compare(result, next(iter(by_model.values())), arguments.seed)
             by_model[checkpoint.name] = result
@@ -152,13 +152,13 @@ def evaluate(arguments: EvaluateArguments, prepared: list[tuple[Checkpoint, list
     return report
 
 
-def _complete(arguments: EvaluateArguments, checkpoint: Checkpoint, cells: list[Cell]) -> None:
-    """Do what the cells of one model miss. The model is loaded only if there is something to do."""
-    if not any(cell.missing() for cell in cells):
+def _complete(arguments: EvaluateArguments, checkpoint: Checkpoint, on_suites: list[ModelOnSuite]) -> None:
+    """Do what one model misses. The model is loaded only if there is something to do."""
+    if not any(on_suite.missing() for on_suite in on_suites):
         return
-    engine = _load(arguments, checkpoint, max(cell.longest for cell in cells))
-    for cell in cells:
-        cell.complete(engine, arguments.batch_size or DEFAULT_BATCH_SIZES[arguments.backend])
+    engine = _load(arguments, checkpoint, max(on_suite.longest for on_suite in on_suites))
+    for on_suite in on_suites:
+        on_suite.complete(engine, arguments.batch_size or DEFAULT_BATCH_SIZES[arguments.backend])
     del engine  # the next model needs its memory
     gc.collect()
     if torch.cuda.is_available():

@@ -13,7 +13,7 @@ CORRECT_REWARD = 1.0
 
 
 def summarise(samples: list[list[Sample]], k: list[int], seed: int) -> dict[str, Any]:
-    """A cell's results.
+    """One model's results on one suite.
 
     Samples without a reward are left out of the estimates and counted, as training leaves them out of a group's mean:
     a problem's accuracy is that of its scored samples, and `pass` for a `k` is over the problems that have as many.
