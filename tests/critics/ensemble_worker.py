@@ -104,7 +104,7 @@ def run_case(model: str, folder: Path, rank: int, processes: int, settings: dict
         return CriticEnsemble(critics(model, rank, settings), learning_rate=1e-2, device="cpu", seed=seed)
 
     def values_of(group: CriticEnsemble) -> torch.Tensor:
-        found = group.values(rollout.input_ids, rollout.attention_mask, rollout.mask.shape[1], batch_size=2)
+        found = group.state_values(rollout.input_ids, rollout.attention_mask, rollout.mask.shape[1], batch_size=2)
         return gathered_rows(found, rows, TOKENS + 1)
 
     group, resumed = ensemble(0), ensemble(1)

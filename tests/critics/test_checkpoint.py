@@ -12,7 +12,7 @@ from peft import AutoPeftModelForTokenClassification, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
-from trl_entropy.critics import CriticEnsemble, values
+from trl_entropy.critics import CriticEnsemble, state_values
 
 ROWS, SHARDED = torch.arange(8), [4, 4]
 WORKER = Path(__file__).with_name("killed_save.py")
@@ -85,8 +85,8 @@ def test_folder_loads_without_this_package(make_critic, small_critic, rollout, t
     for index, critic in enumerate(group.critics):
         assert (folder / f"critic_{index}" / "model.safetensors").exists()
         loaded = AutoModelForTokenClassification.from_pretrained(folder / f"critic_{index}")
-        found = values(loaded.eval(), rollout.input_ids, rollout.attention_mask, 6)
-        assert torch.equal(found, values(critic, rollout.input_ids, rollout.attention_mask, 6))
+        found = state_values(loaded.eval(), rollout.input_ids, rollout.attention_mask, 6)
+        assert torch.equal(found, state_values(critic, rollout.input_ids, rollout.attention_mask, 6))
         state = torch.load(folder / f"state_{index}.pt", weights_only=True)
         assert set(state) == {"weights", "steps", "exp_avg", "exp_avg_sq", "generator"}
 
@@ -100,8 +100,8 @@ def test_adapter_folder(make_critic, rollout, tmp_path):
         part for name in saved for part in ("lora_A", "lora_B", "score", "mlp") if part in name
     }
     loaded = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "critics" / "critic_1", num_labels=1)
-    found = values(loaded.eval(), rollout.input_ids, rollout.attention_mask, 6)
-    assert torch.equal(found, values(group.critics[1], rollout.input_ids, rollout.attention_mask, 6))
+    found = state_values(loaded.eval(), rollout.input_ids, rollout.attention_mask, 6)
+    assert torch.equal(found, state_values(group.critics[1], rollout.input_ids, rollout.attention_mask, 6))
     state = torch.load(tmp_path / "critics" / "state_0.pt", weights_only=True)
     assert len(state["weights"]) == len(saved)
 

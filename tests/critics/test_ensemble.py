@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from trl_entropy.critics import CriticEnsemble, values
+from trl_entropy.critics import CriticEnsemble, state_values
 from trl_entropy.critics.batches import RowTable, mini_batches
 
 ROWS = torch.arange(8)
@@ -33,11 +33,11 @@ def same(first, second):
 def test_values_are_each_critics_own(make_critic, small_critic, rollout):
     critics = [make_critic(0), make_critic(1), small_critic]
     group = ensemble(critics)
-    found = group.values(rollout.input_ids, rollout.attention_mask, 6, batch_size=3)
+    found = group.state_values(rollout.input_ids, rollout.attention_mask, 6, batch_size=3)
     assert found.shape == (3, 8, 7)
     assert not found.requires_grad
     for critic, value in zip(critics, found, strict=True):
-        expected = values(critic, rollout.input_ids, rollout.attention_mask, 6)
+        expected = state_values(critic, rollout.input_ids, rollout.attention_mask, 6)
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
     assert (found[0] - found[1]).abs().max() > 0.01
 
@@ -50,7 +50,7 @@ def reference_updates(critic, rollout, rows, weight_decay, max_grad_norm, steps)
     ]
     optimizer, mask, totals = torch.optim.AdamW(groups, lr=1e-2), rollout.mask[rows], torch.zeros(2)
     for _ in range(steps):
-        predicted = values(critic, rollout.input_ids[rows], rollout.attention_mask[rows], 6)[:, :-1]
+        predicted = state_values(critic, rollout.input_ids[rows], rollout.attention_mask[rows], 6)[:, :-1]
         loss = (predicted - rollout.targets[rows]).square()[mask].sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()

@@ -6,21 +6,21 @@ import math
 import pytest
 import torch
 
-from trl_entropy.critics import critic_targets, explained_variance, generalized_advantages, whiten
+from trl_entropy.critics import Episodes, critic_targets, explained_variance, generalized_advantages, whiten
 
 
-def loop_advantages(values, rewards, mask, ends, truncated, gamma, lam):
+def loop_advantages(state_values, rewards, mask, ends, truncated, gamma, lam):
     """GAE token by token, from the last one backwards."""
     advantages = torch.zeros(mask.shape, dtype=torch.float64)
     for row in range(len(mask)):
-        following = values[row, ends[row]].item() if truncated[row] else 0.0
+        following = state_values[row, ends[row]].item() if truncated[row] else 0.0
         running, last = 0.0, True
         for token in reversed(range(mask.shape[1])):
             if not mask[row, token]:
                 continue
-            delta = gamma * following - values[row, token].item() + (rewards[row].item() if last else 0.0)
+            delta = gamma * following - state_values[row, token].item() + (rewards[row].item() if last else 0.0)
             running = delta + gamma * lam * running
-            advantages[row, token], following, last = running, values[row, token].item(), False
+            advantages[row, token], following, last = running, state_values[row, token].item(), False
     return advantages
 
 
@@ -34,7 +34,7 @@ def episode(tokens, rows=12, seed=0):
     ends = torch.randint(0, tokens + 1, (rows,), generator=draw)
     ends = torch.maximum(ends, (mask * torch.arange(1, tokens + 1)).amax(1))
     return {
-        "values": torch.randn(rows, tokens + 1, generator=draw, dtype=torch.float64),
+        "state_values": torch.randn(rows, tokens + 1, generator=draw, dtype=torch.float64),
         "rewards": torch.randn(rows, generator=draw, dtype=torch.float64),
         "mask": mask,
         "ends": ends,
@@ -47,10 +47,10 @@ def episode(tokens, rows=12, seed=0):
 def test_equals_the_loop(tokens, gamma, lam):
     given = episode(tokens)
     expected = loop_advantages(**given, gamma=gamma, lam=lam)
-    found = generalized_advantages(**given, gamma=gamma, lam=lam)
+    found = generalized_advantages(Episodes(**given), gamma=gamma, lam=lam)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    returns = critic_targets(**given, gamma=gamma, lam=lam)
-    expected_returns = torch.where(given["mask"], expected + given["values"][:, :-1], 0.0)
+    returns = critic_targets(Episodes(**given), gamma=gamma, lam=lam)
+    expected_returns = torch.where(given["mask"], expected + given["state_values"][:, :-1], 0.0)
     torch.testing.assert_close(returns, expected_returns, rtol=1e-12, atol=1e-12)
 
 
@@ -58,40 +58,40 @@ def test_by_hand_across_an_observation():
     # model, observation, model; V = 1, 50, 2, 60; reward 10; gamma 0.5, lambda 0.5
     # last token: delta = 10 + 0 - 2 = 8; first: delta = 0.5 * 2 - 1 = 0, A = 0 + 0.25 * 8 = 2
     given = {
-        "values": torch.tensor([[1.0, 50.0, 2.0, 60.0]]),
+        "state_values": torch.tensor([[1.0, 50.0, 2.0, 60.0]]),
         "rewards": torch.tensor([10.0]),
         "mask": torch.tensor([[True, False, True]]),
         "ends": torch.tensor([3]),
         "truncated": torch.tensor([False]),
     }
-    assert generalized_advantages(**given, gamma=0.5, lam=0.5).tolist() == [[2.0, 0.0, 8.0]]
+    assert generalized_advantages(Episodes(**given), gamma=0.5, lam=0.5).tolist() == [[2.0, 0.0, 8.0]]
     # cut off: delta = 10 + 0.5 * 60 - 2 = 38, A = 0 + 0.25 * 38 = 9.5
     given["truncated"] = torch.tensor([True])
-    assert generalized_advantages(**given, gamma=0.5, lam=0.5).tolist() == [[9.5, 0.0, 38.0]]
+    assert generalized_advantages(Episodes(**given), gamma=0.5, lam=0.5).tolist() == [[9.5, 0.0, 38.0]]
 
 
 def test_monte_carlo_target_is_the_reward():
     given = episode(9, seed=1) | {"truncated": torch.zeros(12, dtype=torch.bool)}
-    targets = critic_targets(**given, gamma=1.0, lam=1.0)
+    targets = critic_targets(Episodes(**given), gamma=1.0, lam=1.0)
     expected = torch.where(given["mask"], given["rewards"].unsqueeze(1), 0.0)
     torch.testing.assert_close(targets, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_leaks_out_of_masked_tokens():
     given = episode(9, seed=2) | {"truncated": torch.zeros(12, dtype=torch.bool)}
-    expected = generalized_advantages(**given, gamma=0.9, lam=0.9)
-    spoilt = given | {"values": given["values"].clone()}
-    spoilt["values"][:, :-1][~given["mask"]] = math.nan
-    spoilt["values"][:, -1] = math.nan
-    assert torch.equal(generalized_advantages(**spoilt, gamma=0.9, lam=0.9), expected)
+    expected = generalized_advantages(Episodes(**given), gamma=0.9, lam=0.9)
+    spoilt = given | {"state_values": given["state_values"].clone()}
+    spoilt["state_values"][:, :-1][~given["mask"]] = math.nan
+    spoilt["state_values"][:, -1] = math.nan
+    assert torch.equal(generalized_advantages(Episodes(**spoilt), gamma=0.9, lam=0.9), expected)
 
 
 def test_wrong_shapes_are_named():
     given = episode(5)
-    with pytest.raises(ValueError, match=r"values must be \(12, 6\)"):
-        generalized_advantages(**given | {"values": given["values"][:, :-1]}, gamma=1.0, lam=1.0)
+    with pytest.raises(ValueError, match=r"state_values must be \(12, 6\)"):
+        Episodes(**given | {"state_values": given["state_values"][:, :-1]})
     with pytest.raises(ValueError, match=r"rewards \(12, 1\)"):
-        generalized_advantages(**given | {"rewards": given["rewards"].unsqueeze(1)}, gamma=1.0, lam=1.0)
+        Episodes(**given | {"rewards": given["rewards"].unsqueeze(1)})
 
 
 def identity(sums):
@@ -100,7 +100,7 @@ def identity(sums):
 
 def test_whiten():
     given = episode(20, seed=3)
-    advantages, mask = 5 + 3 * given["values"][:, :-1].float(), given["mask"]
+    advantages, mask = 5 + 3 * given["state_values"][:, :-1].float(), given["mask"]
     advantages[~mask] = math.nan
     white = whiten(advantages, mask, identity)
     assert white.dtype == torch.float32
@@ -114,7 +114,7 @@ def test_whiten():
 def test_whiten_over_processes():
     """The halves of a batch, each with the sums of both, give the whole."""
     given = episode(20, seed=4)
-    advantages, mask = given["values"][:, :-1], given["mask"]
+    advantages, mask = given["state_values"][:, :-1], given["mask"]
     expected = whiten(advantages, mask, identity)
     calls = []
     whiten(advantages, mask, lambda sums: calls.append(sums) or sums)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trl_entropy.critics import CriticEnsemble, critic_targets, explained_variance, load_critic
+from trl_entropy.critics import CriticEnsemble, Episodes, critic_targets, explained_variance, load_critic
 
 STATES, STEPS = 6, 10
 END, JUMP = 0.4, 0.005
@@ -53,15 +53,15 @@ def test_critics_converge_to_the_analytic_values(tiny_model_path, gamma, lam):
     draw = torch.Generator().manual_seed(0)
     for _ in range(40):
         chains = play(64, draw)
-        values = group.values(chains.input_ids, chains.attention_mask, STEPS, batch_size=64)
-        targets = critic_targets(values.mean(0), *chains.episode, gamma=gamma, lam=lam)
+        values = group.state_values(chains.input_ids, chains.attention_mask, STEPS, batch_size=64)
+        targets = critic_targets(Episodes(values.mean(0), *chains.episode), gamma=gamma, lam=lam)
         rollout = (chains.input_ids, chains.attention_mask, chains.mask, targets)
         group.train_on(*rollout, group.assign([8] * 8), torch.arange(64), epochs=2, batch_size=8)
     chains = play(512, draw)
-    values = group.values(chains.input_ids, chains.attention_mask, STEPS, batch_size=512)[:, :, :STEPS]
+    values = group.state_values(chains.input_ids, chains.attention_mask, STEPS, batch_size=512)[:, :, :STEPS]
     states = chains.input_ids[:, 1:-1] - FIRST
     expected = torch.where(chains.mask, analytic_values(gamma)[states.clamp(min=0)], 0.0)
-    returns = critic_targets(torch.zeros(512, STEPS + 1), *chains.episode, gamma=gamma, lam=1.0)
+    returns = critic_targets(Episodes(torch.zeros(512, STEPS + 1), *chains.episode), gamma=gamma, lam=1.0)
     for found in values:
         assert explained_variance(found, returns, chains.mask, local) > 0.9
         assert explained_variance(found, expected, chains.mask, local) > 0.97

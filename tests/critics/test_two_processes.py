@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification
 
-from trl_entropy.critics import values
+from trl_entropy.critics import state_values
 
 from .conftest import make_rollout
 from .ensemble_worker import ROWS, SETTINGS, TOKENS, VOCABULARY
@@ -72,7 +72,7 @@ def test_sharded_critics_are_saved_whole(runs, results):
             critic = AutoModelForTokenClassification.from_pretrained(
                 folder / "float32" / "critics" / f"critic_{index}"
             )
-            found = values(critic.eval(), rollout.input_ids, rollout.attention_mask, TOKENS)
+            found = state_values(critic.eval(), rollout.input_ids, rollout.attention_mask, TOKENS)
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

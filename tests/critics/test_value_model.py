@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.integrations import deepspeed
 
-from trl_entropy.critics import check_tokenizer, load_critic, values
+from trl_entropy.critics import check_tokenizer, load_critic, state_values
 
 
 def test_fresh_critic_has_the_policys_backbone_and_no_opinion(tiny_model, tiny_model_path, rollout):
@@ -26,16 +26,16 @@ def test_fresh_critic_has_the_policys_backbone_and_no_opinion(tiny_model, tiny_m
     assert {value.dtype for value in critic.parameters()} == {torch.float32}
     policy = tiny_model.model.state_dict()
     assert all(torch.equal(value, policy[name]) for name, value in critic.model.state_dict().items())
-    assert (values(critic, rollout.input_ids, rollout.attention_mask, 6) == 0).all()
+    assert (state_values(critic, rollout.input_ids, rollout.attention_mask, 6) == 0).all()
     assert not critic.config.use_cache
 
 
 def test_saved_head_is_kept(make_critic, rollout, tmp_path):
     critic = make_critic()
     critic.save_pretrained(tmp_path)
-    before = values(critic, rollout.input_ids, rollout.attention_mask, 6)
+    before = state_values(critic, rollout.input_ids, rollout.attention_mask, 6)
     again = load_critic(str(tmp_path))
-    assert torch.equal(values(again, rollout.input_ids, rollout.attention_mask, 6), before)
+    assert torch.equal(state_values(again, rollout.input_ids, rollout.attention_mask, 6), before)
     assert before.abs().max() > 0.01
 
 
@@ -55,20 +55,20 @@ def test_a_value_belongs_to_a_state(make_critic, rollout):
     """`values[:, t]` is read off the token before completion token t, and does not see that token."""
     critic, ids = make_critic().eval(), rollout.input_ids
     attention = torch.ones_like(ids)
-    found = values(critic, ids, attention, 6)
+    found = state_values(critic, ids, attention, 6)
     assert found.shape == (8, 7)
     torch.testing.assert_close(found, critic(input_ids=ids).logits[:, 2:, 0])
     changed = ids.clone()
     changed[:, 3 + 2] = (changed[:, 3 + 2] + 1) % 20 + 2
-    differs = (values(critic, changed, attention, 6) - found).abs().amax(0) > 1e-5
+    differs = (state_values(critic, changed, attention, 6) - found).abs().amax(0) > 1e-5
     assert differs.tolist() == [False, False, False, True, True, True, True]
 
 
 def test_left_padding_does_not_matter(make_critic, rollout):
     critic, ids, attention = make_critic().eval(), rollout.input_ids, rollout.attention_mask
     padding = torch.zeros(8, 4, dtype=torch.long)
-    wider = values(critic, torch.cat([padding, ids], 1), torch.cat([padding, attention], 1), 6)
-    narrow = values(critic, ids, attention, 6)
+    wider = state_values(critic, torch.cat([padding, ids], 1), torch.cat([padding, attention], 1), 6)
+    narrow = state_values(critic, ids, attention, 6)
     used = torch.cat([torch.ones(8, 1), attention[:, 3:]], 1).bool()
     torch.testing.assert_close(wider[used], narrow[used], rtol=1e-5, atol=1e-5)
 
@@ -80,19 +80,19 @@ def test_columns_that_nobody_uses_are_not_computed(make_critic, rollout):
     critic.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    found = values(critic, ids, attention, 6)
+    found = state_values(critic, ids, attention, 6)
     assert widths == [(8, 7)]
     assert (found[:, 5:] == 0).all()
     expected = critic(input_ids=ids, attention_mask=attention).logits[:, 2:7, 0]
     torch.testing.assert_close(found[:, :5], torch.where(attention[:, 2:7].bool(), expected, 0.0))
     assert (found[:, :5] == 0).any()
     # not even a completion
-    assert values(critic, ids, torch.arange(9).expand(8, 9) < 3, 6).shape == (8, 7)
+    assert state_values(critic, ids, torch.arange(9).expand(8, 9) < 3, 6).shape == (8, 7)
 
 
 def test_empty_prompt_is_refused(make_critic, rollout):
     with pytest.raises(ValueError, match="at least one prompt token"):
-        values(make_critic(), rollout.input_ids[:, :6], rollout.attention_mask[:, :6], 6)
+        state_values(make_critic(), rollout.input_ids[:, :6], rollout.attention_mask[:, :6], 6)
 
 
 def dropouts(model):
@@ -105,7 +105,7 @@ def test_no_dropout(tmp_path, rollout):
     critic = load_critic(str(tmp_path)).train()
     assert dropouts(critic) == {0.0}
     torch.nn.init.normal_(critic.classifier.weight)
-    first, second = (values(critic, rollout.input_ids, rollout.attention_mask, 6) for _ in range(2))
+    first, second = (state_values(critic, rollout.input_ids, rollout.attention_mask, 6) for _ in range(2))
     assert torch.equal(first, second)
     # as a module it comes with its dropout
     loaded = AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=1)
@@ -139,18 +139,18 @@ def test_adapter_on_all_linear_layers_leaves_the_value_head_whole(make_critic, t
 def test_values_of_bfloat16_weights_are_float32(make_critic, rollout, peft_config):
     critic = make_critic(dtype=torch.bfloat16, peft_config=peft_config)
     assert {value.dtype for value in critic.parameters()} == {torch.bfloat16}
-    found = values(critic, rollout.input_ids, rollout.attention_mask, 6).detach()
+    found = state_values(critic, rollout.input_ids, rollout.attention_mask, 6).detach()
     assert found.dtype == torch.float32
     used = found[found != 0]
     assert (used != used.bfloat16().float()).float().mean() > 0.9
-    reference = values(make_critic(), rollout.input_ids, rollout.attention_mask, 6)
+    reference = state_values(make_critic(), rollout.input_ids, rollout.attention_mask, 6)
     assert (found - reference).abs().max() < 0.05 * reference.abs().max()
 
 
 def test_autocast_leaves_the_head_in_float32(make_critic, rollout):
     critic = make_critic()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = values(critic, rollout.input_ids, rollout.attention_mask, 6).detach()
+        found = state_values(critic, rollout.input_ids, rollout.attention_mask, 6).detach()
     used = found[found != 0]
     assert (used != used.bfloat16().float()).float().mean() > 0.9
 
@@ -161,7 +161,7 @@ def test_gradient_checkpointing_changes_nothing(make_critic, rollout):
         critic = make_critic(gradient_checkpointing=checkpointing).train()
         calls = []
         critic.model.layers[0].input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        values(critic, rollout.input_ids, rollout.attention_mask, 6).square().sum().backward()
+        state_values(critic, rollout.input_ids, rollout.attention_mask, 6).square().sum().backward()
         assert len(calls) == 1 + checkpointing
         gradients.append([value.grad for value in critic.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -179,8 +179,8 @@ def test_adapter_trains_itself_and_the_head(make_critic, tiny_model_path, rollou
     assert config.modules_to_save is None
     critic.save_pretrained(tmp_path)
     again = AutoPeftModelForTokenClassification.from_pretrained(tmp_path, num_labels=1)
-    expected = values(critic, rollout.input_ids, rollout.attention_mask, 6)
-    assert torch.equal(values(again.eval(), rollout.input_ids, rollout.attention_mask, 6), expected)
+    expected = state_values(critic, rollout.input_ids, rollout.attention_mask, 6)
+    assert torch.equal(state_values(again.eval(), rollout.input_ids, rollout.attention_mask, 6), expected)
     assert expected.abs().max() > 0.01
     with pytest.raises(ValueError, match=r"lora_dropout=0\.1"):
         load_critic(tiny_model_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
@@ -215,18 +215,18 @@ def test_head_of_a_sequence_classification_model_is_applied_to_every_token(
     given.save_pretrained(tmp_path / "given")
     critic = load_critic(str(tmp_path / "given") if as_folder else given)
     for mode in (critic.eval(), critic.train()):
-        found = values(mode, rollout.input_ids, rollout.attention_mask, 6)
+        found = state_values(mode, rollout.input_ids, rollout.attention_mask, 6)
         torch.testing.assert_close(found, torch.where(rollout.attention_mask[:, -7:].bool(), expected, 0.0))
     critic.save_pretrained(tmp_path / "saved")
     again = AutoModelForTokenClassification.from_pretrained(tmp_path / "saved").eval()
-    assert torch.equal(values(again, rollout.input_ids, rollout.attention_mask, 6), found)
+    assert torch.equal(state_values(again, rollout.input_ids, rollout.attention_mask, 6), found)
 
 
 def test_dropout_that_a_layer_applies_as_a_function_is_off_too(tiny_model_path, rollout):
     model = AutoModelForTokenClassification.from_pretrained(tiny_model_path, num_labels=1, attention_dropout=0.5)
     torch.nn.init.normal_(model.score.weight)
     critic = load_critic(model).train()
-    found = [values(critic, rollout.input_ids, rollout.attention_mask, 6) for _ in range(2)]
+    found = [state_values(critic, rollout.input_ids, rollout.attention_mask, 6) for _ in range(2)]
     assert torch.equal(*found)
 
 
@@ -254,8 +254,8 @@ def test_adapter_on_the_value_model_of_trls_ppo(tiny_model_path, rollout):
     config = LoraConfig(r=2, target_modules=["q_proj"])
     critic = load_critic(given, peft_config=config, gradient_checkpointing=True)
     arguments = (rollout.input_ids, rollout.attention_mask, 6)
-    assert torch.equal(values(critic.eval(), *arguments), values(expected, *arguments))
-    values(critic.train(), *arguments).square().sum().backward()
+    assert torch.equal(state_values(critic.eval(), *arguments), state_values(expected, *arguments))
+    state_values(critic.train(), *arguments).square().sum().backward()
     trained = {name for name, value in critic.named_parameters() if value.grad is not None}
     assert any("score" in name for name in trained)
     assert any("lora_B" in name for name in trained)

@@ -48,7 +48,7 @@ def micro_batch(seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         "logprobs": (lp - 0.35 * normal(rows, tokens)).masked_fill(padding, 1.0),
         "old_entropies": entropy * (0.3 * normal(rows, tokens)).exp(),
         "advantages": normal(rows, tokens).masked_fill(padding, 0.0),
-        "values": normal(rows, tokens),
+        "state_values": normal(rows, tokens),
         "returns": normal(rows, tokens),
         "padding_mask": padding,
         "padding_mask_p1": torch.arange(tokens) >= LENGTHS.unsqueeze(1) + 1,
@@ -69,8 +69,12 @@ def squared_errors(values: Tensor, inputs: dict[str, Tensor], clip: float) -> Te
     """TRL's value loss, position by position."""
     terms = []
     for i, length in enumerate(LENGTHS.tolist()):
-        for t in range(min(length + 1, inputs["values"].shape[1])):
-            value, old, target = values[i, PROMPT - 1 + t], inputs["values"][i, t].item(), inputs["returns"][i, t]
+        for t in range(min(length + 1, inputs["state_values"].shape[1])):
+            value, old, target = (
+                values[i, PROMPT - 1 + t],
+                inputs["state_values"][i, t].item(),
+                inputs["returns"][i, t],
+            )
             near = value.clamp(old - clip, old + clip)
             terms.append(torch.maximum((value - target) ** 2, (near - target) ** 2))
     return 0.5 * sum(terms) / len(terms)

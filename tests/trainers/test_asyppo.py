@@ -385,7 +385,7 @@ def test_critics_learn_the_known_values_and_the_policy_then_improves(make_traine
     train_on = trainer.critics.train_on
 
     def compare(ids, attention, mask, targets, **kwargs):
-        values = trainer.critics.values(ids, attention, mask.shape[1], 64)[:, :, :-1].mean(0)
+        values = trainer.critics.state_values(ids, attention, mask.shape[1], 64)[:, :, :-1].mean(0)
         states = ids[:, -mask.shape[1] - 1 : -1]
         distance = (values - known_values()[states])[mask].abs().mean().item()
         found.append((explained_variance(values, targets, mask, lambda sums: sums), distance))

@@ -2,12 +2,13 @@
 
 from ..controls.selection import highest_fraction, lowest_fraction
 from .ensemble import CriticEnsemble
-from .gae import critic_targets, explained_variance, generalized_advantages, whiten
+from .gae import Episodes, critic_targets, explained_variance, generalized_advantages, whiten
 from .sharding import assign_shards
-from .value_model import check_tokenizer, load_critic, values
+from .value_model import check_tokenizer, load_critic, state_values
 
 __all__ = [
     "CriticEnsemble",
+    "Episodes",
     "assign_shards",
     "check_tokenizer",
     "critic_targets",
@@ -16,6 +17,6 @@ __all__ = [
     "highest_fraction",
     "load_critic",
     "lowest_fraction",
-    "values",
+    "state_values",
     "whiten",
 ]

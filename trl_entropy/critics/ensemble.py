@@ -13,7 +13,7 @@ from .checkpoint import read_critics, write_critics
 from .optimizer import CriticOptimizer
 from .processes import maximum, num_processes, shard, summed
 from .sharding import assign_shards
-from .value_model import values as values_of
+from .value_model import state_values
 
 
 class CriticEnsemble:
@@ -65,7 +65,9 @@ class CriticEnsemble:
         return len(self.critics)
 
     @torch.no_grad()
-    def values(self, input_ids: Tensor, attention_mask: Tensor, num_completion_tokens: int, batch_size: int) -> Tensor:
+    def state_values(
+        self, input_ids: Tensor, attention_mask: Tensor, num_completion_tokens: int, batch_size: int
+    ) -> Tensor:
         """Every critic's values of the states, `batch_size` rows at a time.
 
         Args:
@@ -75,7 +77,8 @@ class CriticEnsemble:
             batch_size: Rows of one forward pass.
 
         Returns:
-            Float32 `(M, B, T + 1)`, see `value_model.values`.
+            Float32 `(M, B, T + 1)`: of the states from before the first completion token to after the last, 0 where
+            there is no token.
         """
         starts = range(0, len(input_ids), batch_size)
         # sharded critics need as many forward passes on every process: the surplus ones repeat the first rows
@@ -86,7 +89,7 @@ class CriticEnsemble:
             for start in [*starts, *surplus]:
                 rows = slice(start, start + batch_size)
                 with self._autocast():
-                    chunks.append(values_of(critic, input_ids[rows], attention_mask[rows], num_completion_tokens))
+                    chunks.append(state_values(critic, input_ids[rows], attention_mask[rows], num_completion_tokens))
             found.append(torch.cat(chunks[: len(starts)]))
         return torch.stack(found)
 
@@ -179,7 +182,7 @@ class CriticEnsemble:
         for part in batch.parts:
             rows = rollout.select(part)
             with self._autocast():
-                predicted = values_of(critic, rows.input_ids, rows.attention_mask, rows.mask.shape[1])
+                predicted = state_values(critic, rows.input_ids, rows.attention_mask, rows.mask.shape[1])
             difference = torch.where(rows.mask, predicted[:, :-1] - rows.targets, 0.0)
             error = difference.square().sum()
             # FSDP averages over the processes, and the loss is a mean over all their tokens

@@ -1,7 +1,7 @@
 """Advantages and returns of the tokens that the model wrote, from the critics' values.
 
-`B` completions, `T` completion tokens. A value belongs to a state: `values[:, t]` is that of the state before
-completion token `t`, and `values[:, T]` that of the state after the last column, so values are `(B, T + 1)`.
+`B` completions, `T` completion tokens. A value belongs to a state: `state_values[:, t]` is that of the state before
+completion token `t`, and `state_values[:, T]` that of the state after the last column: `(B, T + 1)` in all.
 
 In a multi-turn completion the observations between two turns are part of the transition: the next state of a turn's
 last token is the one before the next turn's first token. Nothing is learnt about states inside an observation.
@@ -9,14 +9,45 @@ last token is the one before the next turn's first token. Nothing is learnt abou
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def generalized_advantages(
-    values: Tensor, rewards: Tensor, mask: Tensor, ends: Tensor, truncated: Tensor, *, gamma: float, lam: float
-) -> Tensor:
+@dataclass(frozen=True)
+class Episodes:
+    """Completions with their rewards and the values of their states, as advantages and returns are made of them.
+
+    Attributes:
+        state_values: Values of the states, `(B, T + 1)`.
+        rewards: Total reward of each completion, `(B,)`.
+        mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
+        ends: Number of tokens of each completion, observations included, int64 `(B,)`.
+        truncated: True for the completions that were cut off rather than finished, bool `(B,)`.
+
+    Raises:
+        ValueError: If the shapes do not fit each other.
+    """
+
+    state_values: Tensor
+    rewards: Tensor
+    mask: Tensor
+    ends: Tensor
+    truncated: Tensor
+
+    def __post_init__(self) -> None:
+        rows, tokens = self.mask.shape
+        shapes = {name: tuple(getattr(self, name).shape) for name in ("rewards", "ends", "truncated")}
+        if self.state_values.shape != (rows, tokens + 1) or any(shape != (rows,) for shape in shapes.values()):
+            found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(
+                f"For a mask of shape {(rows, tokens)}, state_values must be {(rows, tokens + 1)}, one per state, and "
+                f"rewards, ends and truncated {(rows,)}; got state_values {tuple(self.state_values.shape)}, {found}."
+            )
+
+
+def generalized_advantages(episodes: Episodes, *, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimation over the tokens that the model wrote (arXiv 1506.02438, eq. 16).
 
     `delta_t = reward_t + gamma V_next(t) - V_t` and `A_t = delta_t + gamma lam A_next(t)`, where `next(t)` is the next
@@ -24,54 +55,38 @@ def generalized_advantages(
     completion, the value of the state in which it was cut off.
 
     Args:
-        values: Values of the states, `(B, T + 1)`.
-        rewards: Total reward of each completion, `(B,)`.
-        mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
-        ends: Number of tokens of each completion, observations included, int64 `(B,)`.
-        truncated: True for the completions that were cut off rather than finished, bool `(B,)`.
+        episodes: `B` completions of up to `T` tokens.
         gamma: Discount per token that the model wrote, in [0, 1].
         lam: Lambda of GAE, in [0, 1].
 
     Returns:
         Advantages, 0 where `mask` is False, `(B, T)`.
-
-    Raises:
-        ValueError: If the shapes do not fit each other.
     """
-    _check_shapes(values, rewards, mask, ends, truncated)
-    last_states = torch.where(truncated, values.gather(1, ends.unsqueeze(1)).squeeze(1), 0.0)
+    values, mask, ends = episodes.state_values, episodes.mask, episodes.ends
+    last_states = torch.where(episodes.truncated, values.gather(1, ends.unsqueeze(1)).squeeze(1), 0.0)
     next_written = _next_written(mask)
     next_values = torch.cat([values[:, :-1], last_states.unsqueeze(1)], dim=1).gather(1, next_written)
     is_last = mask & (next_written == mask.shape[1])
-    given = torch.where(is_last, rewards.unsqueeze(1), 0.0)
+    given = torch.where(is_last, episodes.rewards.unsqueeze(1), 0.0)
     deltas = torch.where(mask, given + gamma * next_values - values[:, :-1], 0.0)
     # an observation hands on what follows it, undiscounted
     decay = torch.ones_like(deltas).masked_fill(mask, gamma * lam)
     return torch.where(mask, _discounted_sums(deltas, decay), 0.0)
 
 
-def critic_targets(
-    values: Tensor, rewards: Tensor, mask: Tensor, ends: Tensor, truncated: Tensor, *, gamma: float, lam: float
-) -> Tensor:
+def critic_targets(episodes: Episodes, *, gamma: float, lam: float) -> Tensor:
     """Lambda-returns `R_t = A_t + V_t` that the critics learn; with `lam=1` the Monte-Carlo return of the paper.
 
     Args:
-        values: As in `generalized_advantages`, and so are the others.
-        rewards: See there.
-        mask: See there.
-        ends: See there.
-        truncated: See there.
-        gamma: See there.
+        episodes: `B` completions of up to `T` tokens.
+        gamma: Discount per token that the model wrote, in [0, 1].
         lam: The critics' lambda, in [0, 1].
 
     Returns:
         Returns, 0 where `mask` is False, `(B, T)`.
-
-    Raises:
-        ValueError: If the shapes do not fit each other.
     """
-    advantages = generalized_advantages(values, rewards, mask, ends, truncated, gamma=gamma, lam=lam)
-    return torch.where(mask, advantages + values[:, :-1], 0.0)
+    advantages = generalized_advantages(episodes, gamma=gamma, lam=lam)
+    return torch.where(episodes.mask, advantages + episodes.state_values[:, :-1], 0.0)
 
 
 def whiten(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
@@ -95,11 +110,13 @@ def whiten(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor])
     return torch.where(mask, centred * (variance + 1e-8).rsqrt(), 0.0).to(advantages.dtype)
 
 
-def explained_variance(values: Tensor, targets: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]) -> float:
-    """`1 - Var(targets - values) / Var(targets)` over the valid tokens of the global batch: 1 is a perfect critic.
+def explained_variance(
+    state_values: Tensor, targets: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]
+) -> float:
+    """`1 - Var(targets - state_values) / Var(targets)` over the valid tokens of the global batch; 1 is perfect.
 
     Args:
-        values: Values of the states before each token, `(B, T)`.
+        state_values: Of the states before each token, `(B, T)`.
         targets: Returns, `(B, T)`.
         mask: True for valid tokens, bool `(B, T)`.
         reduce: Sums a small tensor over the processes.
@@ -107,7 +124,7 @@ def explained_variance(values: Tensor, targets: Tensor, mask: Tensor, reduce: Ca
     Returns:
         At most 1; negative for a critic worse than a constant; NaN where the targets do not vary or there are none.
     """
-    target, error = _wide(targets), _wide(targets) - _wide(values)
+    target, error = _wide(targets), _wide(targets) - _wide(state_values)
     sums = reduce(_sums(mask, torch.ones_like(target), target, error))
     count, target_mean, error_mean = sums[0].clamp(min=1), *(sums[1:] / sums[0].clamp(min=1))
     squares = reduce(_sums(mask, (target - target_mean).square(), (error - error_mean).square()))
@@ -115,17 +132,6 @@ def explained_variance(values: Tensor, targets: Tensor, mask: Tensor, reduce: Ca
     if squares[0] <= count * (torch.finfo(torch.float32).eps * target_mean).square():
         return math.nan
     return (1.0 - squares[1] / squares[0]).item()
-
-
-def _check_shapes(values: Tensor, rewards: Tensor, mask: Tensor, ends: Tensor, truncated: Tensor) -> None:
-    rows, tokens = mask.shape
-    shapes = {"rewards": rewards.shape, "ends": ends.shape, "truncated": truncated.shape}
-    if values.shape != (rows, tokens + 1) or any(shape != (rows,) for shape in shapes.values()):
-        found = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-        raise ValueError(
-            f"For a mask of shape {(rows, tokens)}, values must be {(rows, tokens + 1)}, one per state, and rewards, "
-            f"ends and truncated {(rows,)}; got values {tuple(values.shape)}, {found}."
-        )
 
 
 def _next_written(mask: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def load_critic(
     return critic
 
 
-def values(critic: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_completion_tokens: int) -> Tensor:
+def state_values(critic: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_completion_tokens: int) -> Tensor:
     """Values of the states from before the first completion token to after the last.
 
     The critic gets the input ids and the attention mask and nothing else, as TRL's forward pass of the policy does:

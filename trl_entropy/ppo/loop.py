@@ -2,8 +2,8 @@
 
 What happens, and in which order, is TRL's: the random draws, the updates to the last bit, the callbacks, the files and
 the names of the metrics. A rollout is a dict of tensors with one row per response: `query_responses` `(B, P + T)`, and
-per token `(B, T)` the `responses`, `logprobs`, `ref_logprobs`, `values`, `advantages`, `returns`, `padding_mask` (True
-after the last token) and `padding_mask_p1` (True after the position that follows it).
+per token `(B, T)` the `responses`, `logprobs`, `ref_logprobs`, `state_values`, `advantages`, `returns`, `padding_mask`
+(True after the last token) and `padding_mask_p1` (True after the position that follows it).
 """
 
 import gc
@@ -43,14 +43,14 @@ class PPOCall:
         inputs: The rows of the rollout.
         tokens: Log-probs with their graph, and what the rollout says of the tokens.
         entropies: Nats, with a graph where `wants_entropy_gradients`, `(B, T)`.
-        values: Of the states before the tokens, with their graph, `(B, T)`.
+        state_values: Of the states before the tokens, with their graph, `(B, T)`.
         without_bonus: True for tokens that get no entropy bonus, bool `(B, T)`; `None` for none.
     """
 
     inputs: dict[str, Tensor]
     tokens: PolicyTokens
     entropies: Tensor
-    values: Tensor
+    state_values: Tensor
     without_bonus: Tensor | None = None
 
 
@@ -88,7 +88,11 @@ class PPOLoop(PPOTrainer):
         """The loss of the value model; `None` where there is none."""
         inputs = call.inputs
         loss, clipped = value_loss(
-            call.values, inputs["values"], inputs["returns"], ~inputs["padding_mask_p1"], self.args.cliprange_value
+            call.state_values,
+            inputs["state_values"],
+            inputs["returns"],
+            ~inputs["padding_mask_p1"],
+            self.args.cliprange_value,
         )
         self.record({"loss/value_avg": loss, "val/clipfrac_avg": clipped})
         return loss
@@ -199,7 +203,7 @@ class PPOLoop(PPOTrainer):
         if self.stop_token_id is not None:
             found["postprocessed"] = truncate_response(self.stop_token_id, pad, responses)
         found["sequence_lengths"] = first_true_indices(found["postprocessed"] == pad) - 1
-        found["values"] = self.rollout_values(query_responses, context_length)
+        found["state_values"] = self.rollout_values(query_responses, context_length)
         scored = torch.cat((query_responses[:, :context_length], found["postprocessed"]), 1)
         found["scores"] = get_reward(self.reward_model, scored, pad, context_length)[1]
         return found
@@ -232,7 +236,7 @@ class PPOLoop(PPOTrainer):
         rollout["padding_mask"], rollout["padding_mask_p1"] = padding, padding_p1
         for name in ("logprobs", "ref_logprobs"):
             rollout[name] = torch.masked_fill(rollout[name], padding, INVALID_LOGPROB)
-        rollout["values"] = torch.masked_fill(rollout["values"], padding_p1, 0)
+        rollout["state_values"] = torch.masked_fill(rollout["state_values"], padding_p1, 0)
         rollout["kl"] = kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], args.kl_estimator)
         rollout["non_score_reward"] = -args.kl_coef * rollout["kl"]
         rewards = token_rewards(rollout["non_score_reward"], scores, lengths)
@@ -242,10 +246,10 @@ class PPOLoop(PPOTrainer):
         rollout["rewards"] = rewards
 
     def add_advantages(self, rollout: dict[str, Tensor]) -> None:
-        """Add `advantages` and `returns` to a rollout that has `rewards` and `values`."""
+        """Add `advantages` and `returns` to a rollout that has `rewards` and `state_values`."""
         padding = rollout["padding_mask"]
-        advantages = gae(rollout["rewards"], rollout["values"], self.args.gamma, self.args.lam)
-        rollout["returns"] = advantages + rollout["values"]
+        advantages = gae(rollout["rewards"], rollout["state_values"], self.args.gamma, self.args.lam)
+        rollout["returns"] = advantages + rollout["state_values"]
         rollout["advantages"] = torch.masked_fill(masked_whiten(advantages, ~padding), padding, 0)
 
     def train_on(self, rollout: dict[str, Tensor]) -> None:
@@ -304,7 +308,7 @@ class PPOLoop(PPOTrainer):
                 logps=logprobs, old_logps=inputs["logprobs"], advantages=inputs["advantages"], mask=~padding
             ),
             entropies=entropies,
-            values=torch.masked_fill(values, inputs["padding_mask_p1"], 0),
+            state_values=torch.masked_fill(values, inputs["padding_mask_p1"], 0),
         )
 
     def record(self, statistics: dict[str, Tensor]) -> None:

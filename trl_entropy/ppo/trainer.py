@@ -157,12 +157,12 @@ class EntropyPPOTrainer(PPOLoop):
     def _add_advantages_of(self, critics: CriticEnsemble, rollout: dict[str, Tensor]) -> None:
         args, controls, valid = self.args, self.controls, ~rollout["padding_mask"]
         learnt = ~rollout["padding_mask_p1"]
-        values = critics.values(*self._critic_inputs(rollout), valid.shape[1], self._critic_batch_size())
+        values = critics.state_values(*self._critic_inputs(rollout), valid.shape[1], self._critic_batch_size())
         values = torch.where(learnt, values[:, :, :-1], 0.0)
         mean, deviation = values.mean(0), values.std(0, unbiased=False)
         advantages = gae(rollout["rewards"], mean, args.gamma, args.lam)
         targets = gae(rollout["rewards"], mean, args.gamma, controls.critic_gae_lambda) + mean
-        rollout["values"], rollout["returns"], rollout["value_std"] = mean, targets, deviation
+        rollout["state_values"], rollout["returns"], rollout["value_std"] = mean, targets, deviation
         rollout["advantages"] = torch.where(valid, masked_whiten(advantages, valid), 0.0)
         gather = self.accelerator.gather
         rollout["advantage_masked"] = lowest_fraction(deviation, valid, controls.advantage_mask_fraction, gather)
@@ -185,7 +185,7 @@ class EntropyPPOTrainer(PPOLoop):
     def _train_critics(self, critics: CriticEnsemble, rollout: dict[str, Tensor]) -> None:
         learnt, share = ~rollout["padding_mask_p1"], len(rollout["responses"])
         start = self.accelerator.process_index * share
-        variance = explained_variance(rollout["values"], rollout["returns"], learnt, self._sum_over_processes)
+        variance = explained_variance(rollout["state_values"], rollout["returns"], learnt, self._sum_over_processes)
         found = critics.train_on(
             *self._critic_inputs(rollout),
             learnt,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..controls import TokenMean
 from ..critics import (
     CriticEnsemble,
+    Episodes,
     check_tokenizer,
     critic_targets,
     explained_variance,
@@ -123,7 +124,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         # a completion that no reward function scored has no return: nothing is learnt from it
         mask = loss_mask(output) & ~rewards.isnan().unsqueeze(1)
         num_tokens = mask.shape[1]
-        values = self.critics.values(ids, attention, num_tokens, self._critic_batch_size())
+        values = self.critics.state_values(ids, attention, num_tokens, self._critic_batch_size())
         targets = self._set_advantages(output, values, rewards.nan_to_num(0.0), mask)
         if not self._warming_up:  # the policy stands still, and so do the controls' states
             super().on_rollout(output, rewards)
@@ -142,8 +143,8 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         args, mean = self.args, values.mean(0)
         ends = output["completion_mask"].sum(1)
         truncated = self._is_truncated(output, ends) & args.bootstrap_truncated
-        episode = (mean, rewards, mask, ends, truncated)
-        advantages = generalized_advantages(*episode, gamma=args.gae_gamma, lam=args.gae_lambda)
+        episodes = Episodes(mean, rewards, mask, ends, truncated)
+        advantages = generalized_advantages(episodes, gamma=args.gae_gamma, lam=args.gae_lambda)
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._sum_over_processes)
         deviation = values[:, :, :-1].std(0, unbiased=False)
@@ -153,7 +154,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
             output["value_mean"] = mean[:, :-1]
         output["advantage_masked"] = lowest_fraction(deviation, mask, args.advantage_mask_fraction, self._gather)
         output["entropy_filtered"] = highest_fraction(deviation, mask, args.entropy_filter_fraction, self._gather)
-        return critic_targets(*episode, gamma=args.gae_gamma, lam=args.critic_gae_lambda)
+        return critic_targets(episodes, gamma=args.gae_gamma, lam=args.critic_gae_lambda)
 
     def _is_truncated(self, output: dict[str, Any], ends: Tensor) -> Tensor:
         """True where a completion fills `max_completion_length` without an end-of-sequence token, bool `(B,)`."""
