@@ -126,7 +126,7 @@ def test_a_micro_batch_without_the_column_is_refused(selection):
     of = rollout()
     before = PolicyTokens(of.old_logps, of.old_logps, of.old_logps, of.mask)
     batch = micro_batch(before, of.old_logps, None, "token")
-    with pytest.raises(KeyError, match=rf"clip_cov_selection='{selection}' needs the rollout's `clip_cov_"):
+    with pytest.raises(ValueError, match=rf"clip_cov_selection='{selection}' needs the rollout's `clip_cov_"):
         CLIP_COV.shape(batch, batch.tokens, context({"clip_cov_selection": selection}), None)
 
 

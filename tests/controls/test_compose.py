@@ -41,7 +41,7 @@ def test_erc_gates_what_ce_gppo_has_given_back() -> None:
 
 
 def test_erc_without_the_rollouts_entropies_is_refused() -> None:
-    with pytest.raises(KeyError, match="old_entropies"):
+    with pytest.raises(ValueError, match="old_entropies"):
         clip_controls(tokens([0.0], [1.0]), torch.ones(1, 1), None, **LEVEL, erc_bounds=(0.95, 1.05))
 
 

@@ -140,7 +140,7 @@ def test_a_micro_batch_selects_its_own_from_current_log_probs():
 def test_a_micro_batch_without_the_column_is_refused():
     before = tokens()
     batch = micro_batch(before, before.logps, None, "token")
-    with pytest.raises(KeyError, match="kl_cov_selected"):
+    with pytest.raises(ValueError, match="kl_cov_selected"):
         KL_COV.shape(batch, batch.tokens, context(), None)
 
 

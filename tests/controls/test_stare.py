@@ -172,5 +172,5 @@ def test_state_round_trip() -> None:
 
 def test_without_the_rollouts_pass_it_says_so() -> None:
     bare = Rollout(torch.ones(1, 1, dtype=torch.bool), torch.zeros(1), torch.zeros(1))
-    with pytest.raises(KeyError, match="needs the rollout's entropies"):
+    with pytest.raises(ValueError, match="needs the rollout's entropies"):
         on_rollout(bare, Context(settings()), None)

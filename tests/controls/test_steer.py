@@ -105,7 +105,7 @@ def test_a_micro_batch_without_the_scale_is_refused():
     of = rollout()
     before = PolicyTokens(of.old_logps, of.old_logps, of.old_logps, of.mask)
     batch = micro_batch(before, of.old_entropies, of.old_entropies, "token")
-    with pytest.raises(KeyError, match="steer_scale"):
+    with pytest.raises(ValueError, match="steer_scale"):
         STEER.shape(batch, batch.tokens, context(), None)
 
 

@@ -33,7 +33,7 @@ def test_a_rollout_without_tokens_has_no_mean_entropy():
 
 
 def test_a_rollout_without_entropies_is_refused():
-    with pytest.raises(KeyError, match="entropies"):
+    with pytest.raises(ValueError, match="entropies"):
         rollout_entropy(rollout(None), Context(None))
 
 

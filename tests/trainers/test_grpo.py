@@ -136,7 +136,7 @@ def test_missing_rollout_tensors_are_named(make_trainer):
     trainer.model.train()
     batch = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
     for key in ("old_entropies", "num_trajectories", "num_correct_tokens"):
-        with pytest.raises(KeyError, match=key):
+        with pytest.raises(ValueError, match=key):
             trainer.compute_loss(trainer.model, {name: value for name, value in batch.items() if name != key})
 
 

@@ -127,7 +127,7 @@ def test_losses_without_a_ppo_clip_are_weighted_too(build, loss_type):
 
 def test_a_micro_batch_without_its_column_says_so(build):
     b, inputs = random_batch(0)
-    with pytest.raises(KeyError, match="STARE needs `stare_weight`"):
+    with pytest.raises(ValueError, match="STARE needs `stare_weight`"):
         trainer_gradients(build(BASE, stare_target_entropy=TARGET), b, inputs)
 
 

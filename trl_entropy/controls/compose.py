@@ -164,7 +164,7 @@ def clip_controls(
         and the metrics.
 
     Raises:
-        KeyError: If ERC is on and `old_entropies` is `None`.
+        ValueError: If ERC is on and `old_entropies` is `None`.
     """
     low, high = erc_bounds or (None, None)
     alpha1, alpha2 = ce_gppo_alphas or (None, None)

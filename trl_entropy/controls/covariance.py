@@ -60,10 +60,10 @@ def rollout_column(columns: Mapping[str, Tensor], name: str, needed_by: str) -> 
     """A column that `on_rollout` added to the rollout, `(B, T)`.
 
     Raises:
-        KeyError: If the micro-batch does not have it.
+        ValueError: If the micro-batch does not have it.
     """
     if name not in columns:
-        raise KeyError(
+        raise ValueError(
             f"{needed_by} needs the rollout's `{name}`, which the micro-batch does not have. Let the trainer make the "
             "rollout, or add it."
         )

@@ -260,7 +260,7 @@ def shape(
     settings = context.settings
     low, high = bounds_now(settings, state)
     if batch.old_entropies is None:
-        raise KeyError(
+        raise ValueError(
             "ERC needs the rollout's entropies: the micro-batch has `old_per_token_logps` and no "
             "`old_entropies`. Let the trainer make the rollout, or add them."
         )

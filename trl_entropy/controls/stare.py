@@ -194,7 +194,7 @@ def on_rollout(
     settings, old_logps = context.settings, rollout.old_logps
     entropy = rollout_entropy(rollout, context)
     if old_logps is None:
-        raise KeyError(
+        raise ValueError(
             "STARE needs the rollout's log-probs, which it does not have. Let the trainer make the rollout."
         )
     positive, negative = settings.stare_positive_weight, settings.stare_negative_weight
@@ -226,7 +226,7 @@ def shape(
     batch: MicroBatch, tokens: PolicyTokens, context: Context, adaptive: STAREWeights | None
 ) -> tuple[PolicyTokens, Metrics]:
     if "stare_weight" not in batch.columns:
-        raise KeyError(
+        raise ValueError(
             "STARE needs `stare_weight`, which the micro-batch does not have. Let the trainer make the rollout."
         )
     weights = batch.columns["stare_weight"]

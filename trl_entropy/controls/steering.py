@@ -25,11 +25,11 @@ def rollout_entropy(rollout: Rollout, context: Context) -> float | None:
         Nats, the same on all processes; `None` if there is no token.
 
     Raises:
-        KeyError: If the rollout has no entropies.
+        ValueError: If the rollout has no entropies.
     """
     entropies = rollout.old_entropies
     if entropies is None:
-        raise KeyError(
+        raise ValueError(
             "A loop on the mean entropy needs the rollout's entropies, which it does not have. Let the trainer make "
             "the rollout."
         )

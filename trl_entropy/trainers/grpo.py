@@ -255,7 +255,7 @@ class EntropyGRPOTrainer(GRPOContact):
         A loss divided by it, summed over micro-batches and averaged over processes, is the mean over the rollout.
         """
         if name not in inputs:
-            raise KeyError(
+            raise ValueError(
                 f"{needed_by} needs `{name}`, which the micro-batch does not have. Let the trainer make the rollout, "
                 "or add it."
             )
