@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_shapes
 from .control import PPO_CLIP_LOSSES, Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel
 from .health import WINDOW, Finding, LogHistory, ends, enough, finite_values
 from .importance import clipped_by_ppo, ratio_of
@@ -109,13 +110,17 @@ def ce_gppo(
         log_weight: Log importance weight of `tokens`, `(B, T)`, or `(B, 1)` at sequence level.
         alpha1: Share of the gradient given back below the trust region (exploitation), at least 0.
         alpha2: Share given back above it (exploration), at least 0.
-        eps_low: The clip range is `[1 - eps_low, 1 + eps_high]`.
-        eps_high: See `eps_low`.
+        eps_low: Half-width of the clip range `[1 - eps_low, 1 + eps_high]` below 1.
+        eps_high: Half-width of the clip range above 1.
         delta: Dual clip: tokens with `A < 0` and `r > delta` get no gradient; `None` for no such bound.
 
     Returns:
         The micro-batch with shaped `advantages` and `old_logps`, and the metrics.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(advantages=(tokens.advantages, "B T"), log_weight=(log_weight, "B T?"))
     ratio, advantages = ratio_of(log_weight), tokens.advantages
     low, high = clipped_by_ppo(ratio, advantages, eps_low, eps_high)
 

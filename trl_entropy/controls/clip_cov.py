@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_between, is_number
+from .checks import check_between, check_shapes, is_number
 from .control import (
     LINEAR_LOSSES,
     PPO_CLIP_LOSSES,
@@ -111,7 +111,11 @@ def clip_cov(
 
     Returns:
         Bool `(B, T)`, and the metrics.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(mask=(mask, "B T"), covariances=(covariances, "B T"), lots=(lots, "B T"))
     candidates = mask & (lots < 1) & (covariances > low) & (covariances < high)
     lots = lots.masked_fill(~candidates, torch.inf)
     dropped = candidates & lowest_fraction(lots, mask, fraction, at_least=1, **where)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_shapes
 from .control import Context, Control, Metrics, MicroBatch, Rollout, State
 from .erc import ENTROPY_FLOOR
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight, ratio_of
@@ -150,8 +151,8 @@ def clip_controls(
         entropies: Of the policy being trained, nats, `(B, T)`.
         old_entropies: Of the rollout policy, nats, `(B, T)`; `None` where ERC is off.
         level: `"token"` or `"sequence"` (TRL's `importance_sampling_level`).
-        eps_low: The clip range is `[1 - eps_low, 1 + eps_high]`.
-        eps_high: See `eps_low`.
+        eps_low: Half-width of the clip range `[1 - eps_low, 1 + eps_high]` below 1.
+        eps_high: Half-width of the clip range above 1.
         ce_gppo_alphas: `(alpha1, alpha2)` of `ce_gppo`; `None` for off.
         erc_bounds: `(low, high)` of `erc`; `None` for off.
         erc_entropy_floor: Its floor, nats.
@@ -164,7 +165,7 @@ def clip_controls(
         and the metrics.
 
     Raises:
-        ValueError: If ERC is on and `old_entropies` is `None`.
+        ValueError: If ERC is on and `old_entropies` is `None`, if `level` is unknown, or if the shapes do not fit.
     """
     low, high = erc_bounds or (None, None)
     alpha1, alpha2 = ce_gppo_alphas or (None, None)
@@ -193,8 +194,9 @@ def micro_batch(
     """A `MicroBatch` of tensors `(B, T)`; its `tokens` are without a graph.
 
     Raises:
-        ValueError: If `level` is neither `"token"` nor `"sequence"`.
+        ValueError: If `level` is neither `"token"` nor `"sequence"`, or the shapes do not fit.
     """
+    check_shapes(mask=(tokens.mask, "B T"), entropies=(entropies, "B T"), old_entropies=(old_entropies, "B T"))
     raw = replace(tokens, logps=tokens.logps.detach())
     log_weight = log_importance_weight(raw.logps, raw.old_logps, raw.mask, level)
     return MicroBatch(raw, log_weight, tokens.logps, entropies, entropies, old_entropies, columns or {})

@@ -135,8 +135,8 @@ class Context:
     Attributes:
         settings: The configuration, which has the control's fields.
         level: `importance_sampling_level`, `"token"` or `"sequence"`.
-        eps_low: The clip range is `[1 - eps_low, 1 + eps_high]`.
-        eps_high: See `eps_low`.
+        eps_low: Half-width of the clip range `[1 - eps_low, 1 + eps_high]` below 1.
+        eps_high: Half-width of the clip range above 1.
         delta: Dual clip: tokens with `A < 0` and a ratio above it get no gradient; `None` for no such bound.
         constant_ratio: Whether the loss takes the importance ratio as a constant weight (CISPO).
         training: False in an evaluation.

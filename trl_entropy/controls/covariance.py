@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_shapes
+
 SELECTIONS = ("rollout", "micro_batch")
 """Whose tokens are compared: all of a rollout, once before its updates, or those of each micro-batch of a process."""
 
@@ -41,7 +43,11 @@ def covariance(
     Returns:
         `(B, T)`, float64 (float32 on MPS), so that how rows are split over processes does not change an order; of no
         meaning where `mask` is False.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(mask=(mask, "B T"), advantages=(advantages, "B T"), logps=(logps, "B T"))
     dtype = torch.float32 if mask.device.type == "mps" else torch.float64
     pair = torch.stack([advantages.detach(), logps.detach()]).to(dtype)
     counted = mask & pair.isfinite().all(0)

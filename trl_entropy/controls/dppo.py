@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_not_negative, is_number
+from .checks import check_not_negative, check_shapes, is_number
 from .control import PPO_CLIP_LOSSES, Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel, TokenView
 from .importance import ratio_of
 from .tokens import PolicyTokens, TokenMean, in_float32
@@ -126,8 +126,9 @@ def binary_divergence(logps: Tensor, sampler_logps: Tensor, kind: str) -> Tensor
         `(B, T)`, without an autograd graph, float32 at least: a difference of probabilities, or nats.
 
     Raises:
-        ValueError: If `kind` is neither.
+        ValueError: If `kind` is neither, or the shapes do not fit.
     """
+    check_shapes(logps=(logps, "B T"), sampler_logps=(sampler_logps, "B T"))
     new, old = (in_float32(values.detach()) for values in (logps, sampler_logps))
     probability = old.exp()
     if kind == "tv":
@@ -175,7 +176,11 @@ def dppo(
 
     Returns:
         The micro-batch with shaped `advantages` and `old_logps`, and the metrics.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(advantages=(tokens.advantages, "B T"), sampler_logps=(sampler_logps, "B T"))
     advantages, current = tokens.advantages, tokens.logps.detach()
     log_weight = current - sampler_logps
     distance, ratio = binary_divergence(current, sampler_logps, divergence), ratio_of(log_weight)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_not_negative, is_number
+from .checks import check_not_negative, check_shapes, is_number
 from .control import LINEAR_LOSSES, Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel
 from .tokens import PolicyTokens, TokenMean, in_float32
 
@@ -70,7 +70,11 @@ def entropy_advantage(
 
     Returns:
         The micro-batch with shaped `advantages`, and the metrics.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(mask=(tokens.mask, "B T"), entropies=(entropies, "B T"))
     # rounding can make the entropy of a certain token slightly negative
     wanted = alpha * in_float32(entropies.detach()).nan_to_num(nan=0.0).clamp(min=0.0)
     size = tokens.advantages.abs()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_not_negative
+from .checks import check_not_negative, check_shapes
 from .control import Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel, Rollout
 from .tokens import TokenMean, in_float32
 
@@ -200,7 +200,16 @@ def epo(
 
     Returns:
         The scalar loss, and the metrics.
+
+    Raises:
+        ValueError: If the shapes do not fit, or `form` is unknown.
     """
+    check_shapes(
+        mask=(mask, "B T"),
+        entropies=(entropies, "B T"),
+        bonus_entropies=(bonus_entropies, "B T"),
+        history=(history, "turns" if history is not None and history.dim() else ""),
+    )
     turns, entropies = turn_indices(mask), in_float32(entropies)
     weights = trajectory_weights(mask, turns, entropies.dtype)
     # where, not the weight alone: an observation's entropy may be anything
@@ -256,7 +265,11 @@ class EntropyHistory:
         """Add the tokens of one micro-batch of the running step, each under the policy that wrote it, `(B, T)`.
 
         An entropy that is not a finite number is left out: it would stay in every later mean.
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
+        check_shapes(mask=(mask, "B T"), entropies=(entropies, "B T"))
         turns, device = turn_indices(mask).clamp(min=0).flatten(), mask.device
         mask = mask & entropies.isfinite()
         dtype = torch.float32 if device.type == "mps" else torch.float64

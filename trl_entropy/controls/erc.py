@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_not_negative
+from .checks import check_not_negative, check_shapes
 from .control import (
     LINEAR_LOSSES,
     Context,
@@ -144,7 +144,11 @@ def entropy_ratio(entropies: Tensor, old_entropies: Tensor, floor: float = ENTRO
 
     Returns:
         `(B, T)`.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(entropies=(entropies, "B T"), old_entropies=(old_entropies, "B T"))
     # Rounding can make the entropy of a certain token slightly negative, and in float16 the paper's floor would be 0.
     new, old = (in_float32(values.detach()).clamp(min=0.0) for values in (entropies, old_entropies))
     unchanged = (new < ENTROPY_FLOOR) & (old < ENTROPY_FLOOR)
@@ -197,7 +201,11 @@ def erc(
 
     Returns:
         The micro-batch with shaped `advantages`, or `frozen` tokens with `sequence_ratio`, and the metrics.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(mask=(tokens.mask, "B T"), entropies=(entropies, "B T"), old_entropies=(old_entropies, "B T"))
     ratio = entropy_ratio(entropies, old_entropies, floor)
     below, above, kept = ratio <= low, ratio >= high, inside_bounds(ratio, low, high)
     if side == "outward":

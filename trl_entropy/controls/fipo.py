@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_between, check_positive, is_number
+from .checks import check_between, check_positive, check_shapes, is_number
 from .control import LINEAR_LOSSES, Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel
 from .tokens import PolicyTokens, TokenMean
 
@@ -112,7 +112,11 @@ def fipo(
 
     Returns:
         The micro-batch with shaped `advantages`, and the metrics.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(mask=(tokens.mask, "B T"), log_weight=(log_weight, "B T"))
     counted = tokens.mask & (log_weight <= math.log(max_ratio))
     future = discounted_future_sum(torch.where(counted, log_weight, 0.0), 2.0 ** (-1.0 / half_life))
     weight = future.exp().clamp(1.0 if raise_only else 1.0 - clip_range, 1.0 + clip_range)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .checks import check_shapes
 from .tokens import in_float32
 
 MAX_LOG_IMPORTANCE_WEIGHT = 40.0
@@ -22,8 +23,9 @@ def log_importance_weight(logps: Tensor, old_logps: Tensor, mask: Tensor, level:
         `(B, T)` at token level, `(B, 1)` at sequence level; without an autograd graph.
 
     Raises:
-        ValueError: If `level` is neither.
+        ValueError: If `level` is neither, or the shapes do not fit.
     """
+    check_shapes(mask=(mask, "B T"), logps=(logps, "B T"), old_logps=(old_logps, "B T"))
     log_ratio = (logps - old_logps).detach()
     if level == "token":
         return log_ratio
@@ -39,12 +41,16 @@ def clipped_by_ppo(ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: 
     Args:
         ratio: Importance ratio, `(B, T)` or `(B, 1)`.
         advantages: `(B, T)`.
-        eps_low: The clip range is `[1 - eps_low, 1 + eps_high]`.
-        eps_high: See `eps_low`.
+        eps_low: Half-width of the clip range `[1 - eps_low, 1 + eps_high]` below 1.
+        eps_high: Half-width of the clip range above 1.
 
     Returns:
         Two bool `(B, T)`: `A < 0` and `r < 1 - eps_low` (NA&LP), `A > 0` and `r > 1 + eps_high` (PA&LP).
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(advantages=(advantages, "B T"), ratio=(ratio, "B T?"))
     return (advantages < 0) & (ratio < 1 - eps_low), (advantages > 0) & (ratio > 1 + eps_high)
 
 
@@ -60,7 +66,11 @@ def bounded_old_logps(old_logps: Tensor, log_weight: Tensor) -> Tensor:
 
     Returns:
         `(B, T)`.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(old_logps=(old_logps, "B T"), log_weight=(log_weight, "B T?"))
     return old_logps + (log_weight - MAX_LOG_IMPORTANCE_WEIGHT).clamp(min=0.0)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_not_negative, is_number
+from .checks import check_not_negative, check_shapes, is_number
 from .control import (
     PPO_CLIP_LOSSES,
     Context,
@@ -141,13 +141,17 @@ def kl_cov(
         selected: Bool, `(B, T)`.
         coef: `beta`.
         ppo_clip: Whether PPO-clip acts on the tokens that are not selected.
-        eps_low: Its range is `[1 - eps_low, 1 + eps_high]`.
-        eps_high: See `eps_low`.
+        eps_low: Half-width of its range `[1 - eps_low, 1 + eps_high]` below 1.
+        eps_high: Half-width of the clip range above 1.
         delta: Its dual clip; `None` for none.
 
     Returns:
         The micro-batch with shaped `advantages` and `old_logps`, and the metrics.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(mask=(tokens.mask, "B T"), log_ratio=(log_ratio, "B T"), selected=(selected, "B T"))
     logps, advantages, selected = tokens.logps.detach(), tokens.advantages, selected & tokens.mask
     ratio = ratio_of(logps - tokens.old_logps)
     unclipped = selected if ppo_clip else torch.ones_like(selected)

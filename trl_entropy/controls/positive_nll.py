@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_not_negative
+from .checks import check_not_negative, check_shapes
 from .control import Context, Control, Metric, Metrics, MicroBatch, Rollout
 from .tokens import TokenMean, in_float32
 
@@ -61,7 +61,11 @@ def positive_nll(
 
     Returns:
         The scalar loss (to be multiplied by its coefficient), and the metrics.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(mask=(mask, "B T"), logps=(logps, "B T"), correct=(correct, "B"))
     chosen = mask & correct.unsqueeze(-1)
     loss = -torch.where(chosen, in_float32(logps), 0.0).sum() / num_tokens
     return loss, {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import is_number
+from .checks import check_shapes, is_number
 from .control import Context, Control, Figure, Metric, Metrics, Panel, Rollout
 from .selection import own_rows
 from .tokens import TokenMean
@@ -71,7 +71,13 @@ def qae(advantages: Tensor, group_size: int, quantile: float) -> Tensor:
 
     Returns:
         `(N,)`, 0 where `advantages` is NaN.
+
+    Raises:
+        ValueError: If the shape does not fit, or `N` is no multiple of `group_size`.
     """
+    check_shapes(advantages=(advantages, "N"))
+    if len(advantages) % group_size:
+        raise ValueError(f"{len(advantages)} advantages are not whole groups of group_size={group_size}.")
     grouped = advantages.view(-1, group_size)
     counts = (~grouped.isnan()).sum(1, keepdim=True)
     orders = [max(math.ceil(Fraction(str(quantile)) * count), 1) for count in range(group_size + 1)]

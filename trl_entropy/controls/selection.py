@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .checks import check_shapes
+
 Gather = Callable[[Tensor], Tensor]
 
 
@@ -41,8 +43,9 @@ def lowest_fraction(
         Bool `(B, T)`.
 
     Raises:
-        ValueError: If `fraction` is not in [0, 1].
+        ValueError: If `fraction` is not in [0, 1], or the shapes do not fit.
     """
+    check_shapes(mask=(mask, "B T"), scores=(scores, "B T"))
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction={fraction} must be in [0, 1]. Published: 0.2.")
     selected = torch.zeros_like(mask)
@@ -69,18 +72,18 @@ def highest_fraction(
     """The `floor(fraction * N)` highest-scoring of the `N` valid tokens of the global batch.
 
     Args:
-        scores: `(B, T)`; all as in `lowest_fraction`, which also says what happens to equal scores and NaN.
-        mask: See there.
-        fraction: See there.
-        gather: See there.
-        at_least: See there.
-        rank: See there.
+        scores: `(B, T)`; of equal ones and NaN, as in `lowest_fraction`.
+        mask: True for valid tokens, bool `(B, T)`. `T` may differ between processes.
+        fraction: In [0, 1].
+        gather: Concatenates a 1-D tensor, of one length on all processes, in the order of their ranks.
+        at_least: So many are selected where `fraction` is fewer and the batch has them.
+        rank: This process's place in that order. Default: its rank in `torch.distributed`, 0 without it.
 
     Returns:
         Bool `(B, T)`.
 
     Raises:
-        ValueError: If `fraction` is not in [0, 1].
+        ValueError: If `fraction` is not in [0, 1], or the shapes do not fit.
     """
     return lowest_fraction(-scores, mask, fraction, gather, at_least=at_least, rank=rank)
 
@@ -91,8 +94,8 @@ def global_uniform(mask: Tensor, generator: torch.Generator, gather: Gather, *, 
     Args:
         mask: True for valid tokens, bool `(B, T)`.
         generator: On the CPU, in the same state on all processes.
-        gather: See `lowest_fraction`.
-        rank: See there.
+        gather: Concatenates a 1-D tensor, of one length on all processes, in the order of their ranks.
+        rank: This process's place in that order. Default: its rank in `torch.distributed`, 0 without it.
 
     Returns:
         In [0, 1), and 1 where `mask` is False; float32 `(B, T)`.
@@ -112,7 +115,7 @@ def own_rows(pool: Tensor, num_rows: int, *, rank: int | None = None) -> Tensor:
     Args:
         pool: `(N, ...)`, the processes' rows in the order of their ranks.
         num_rows: Rows of each process.
-        rank: See `lowest_fraction`.
+        rank: This process's place in that order. Default: its rank in `torch.distributed`, 0 without it.
 
     Returns:
         `(num_rows, ...)`.

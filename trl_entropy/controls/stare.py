@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_between, check_not_negative, is_number
+from .checks import check_between, check_not_negative, check_shapes, is_number
 from .control import (
     LINEAR_LOSSES,
     Context,
@@ -147,8 +147,12 @@ def stare_weights(
 
     Returns:
         `(B, T)`.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
     advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+    check_shapes(mask=(mask, "B T"), old_logps=(old_logps, "B T"), advantages=(advantages, "B T?"))
     weights = torch.ones_like(old_logps)
     for side, weight in ((advantages > 0, positive_weight), (advantages < 0, negative_weight)):
         if weight != 1.0:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import is_number
+from .checks import check_shapes, is_number
 from .control import LINEAR_LOSSES, Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel, Rollout
 from .covariance import per_token, rollout_column
 from .importance import ratio_of
@@ -60,7 +60,12 @@ def entropy_change(advantages: Tensor, ratio: Tensor, logps: Tensor, entropies: 
 
     Returns:
         Nats, `(B, T)`; infinity where it is not a number, so that such a token has the lowest weight.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    given = {"advantages": advantages, "ratio": ratio, "logps": logps, "entropies": entropies}
+    check_shapes(**{name: (value, "B T") for name, value in given.items()})
     logps, entropies = in_float32(logps.detach()), in_float32(entropies.detach())
     # 1 - exp(lp), also where lp is near 0
     change = ratio * advantages * -torch.expm1(logps) * (logps + entropies)
@@ -84,7 +89,11 @@ def steer(
 
     Returns:
         The micro-batch with shaped `advantages`, and the metrics.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    check_shapes(mask=(tokens.mask, "B T"), change=(change, "B T"), scale=(scale, ""))
     share = (change / scale.clamp(min=SMALLEST_SCALE)).clamp(max=1.0)
     weight = torch.exp(math.log(min_weight) * share)
     shaped = replace(tokens, advantages=(weight * tokens.advantages).to(tokens.advantages.dtype))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_shapes
+
 
 def in_float32(values: Tensor) -> Tensor:
     """In float32 at least: sums, means and counts of many tokens do not fit 16 bits."""
@@ -25,7 +27,7 @@ class PolicyTokens:
         without_bonus: True for tokens that get no entropy bonus, bool `(B, T)`; `None` for none.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or `mask` is not bool.
     """
 
     logps: Tensor
@@ -36,9 +38,7 @@ class PolicyTokens:
     without_bonus: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shapes = {name: tuple(value.shape) for name, value in vars(self).items() if value is not None}
-        if len(set(shapes.values())) != 1:
-            raise ValueError(f"The tensors of a micro-batch must all have shape (B, T), got {shapes}.")
+        check_shapes(**{name: (value, "B T") for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)

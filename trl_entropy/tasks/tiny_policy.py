@@ -77,7 +77,7 @@ def warm_up(
         input_ids: Demonstrations, `(N, T)`.
         labels: The same, -100 except at the tokens that the policy writes, `(N, T)`.
         until: Mean `repeat_probability` of the first `probe` rows at which to stop.
-        probe: See `until`.
+        probe: Rows that the mean is taken over, at least 1.
         name: What that probability is to the task, such as `"accuracy"`.
 
     Raises:

@@ -201,7 +201,7 @@ class TokenRecorder:
         on_policy = inputs.get("old_per_token_logps") is None
         old_logps: Tensor = logps if on_policy else inputs["old_per_token_logps"]
         absent = torch.full((), torch.nan, device=mask.device)
-        old_entropies = batch.entropies if on_policy else inputs.get("old_entropies", absent)
+        old_entropies = batch.entropies if on_policy else inputs.get("old_entropies", absent.expand_as(mask))
         advantages = inputs["advantages"]
         advantages = (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logps)
         ratio = ratio_of(log_importance_weight(logps, old_logps, mask, self._level))

@@ -77,8 +77,8 @@ class Gates:
     Attributes:
         erc_low: Lower bound of ERC's entropy ratio.
         erc_high: Upper bound.
-        eps_low: The clip range is `[1 - eps_low, 1 + eps_high]`.
-        eps_high: See `eps_low`.
+        eps_low: Half-width of the clip range `[1 - eps_low, 1 + eps_high]` below 1.
+        eps_high: Half-width of the clip range above 1.
         level: `"token"` or `"sequence"`: which importance ratio PPO-clip and CE-GPPO read.
         erc_floor: What ERC adds to both entropies of its ratio, nats.
     """
