@@ -14,8 +14,9 @@ from tests.tasks.grading_table import BOXED, TEXTS, UNMET, pairs
 from trl_entropy.evaluation.benchmarks import load_benchmark
 from trl_entropy.evaluation.suites import grade, load_suites
 from trl_entropy.tasks import get_task, grading
-from trl_entropy.tasks.answers import completion_answer, gold_answer, latex
+from trl_entropy.tasks.extraction import completion_answer, gold_answer
 from trl_entropy.tasks.grading import maths_reward, reasoning_maths_reward
+from trl_entropy.tasks.latex import latex
 from trl_entropy.tasks.rewards import load_reward_func
 
 equality = pytest.importorskip("trl_entropy.tasks.equality", reason="the extra `maths` is not installed")

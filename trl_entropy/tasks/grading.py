@@ -15,8 +15,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from trl_entropy.tasks.answers import NAMES_OF_POINT, as_text, completion_answer, formula, gold_answer, latex, readings
+from trl_entropy.tasks.answers import NAMES_OF_POINT, as_text, formula, readings
 from trl_entropy.tasks.environments import EnvironmentCrash
+from trl_entropy.tasks.extraction import completion_answer, gold_answer
+from trl_entropy.tasks.latex import latex
 from trl_entropy.tasks.simulators import ChildProcess
 from trl_entropy.tasks.templates import text_of
 

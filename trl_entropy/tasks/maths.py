@@ -11,7 +11,8 @@ from typing import Any
 from datasets import Dataset
 
 from trl_entropy.tasks import Task
-from trl_entropy.tasks.answers import as_text, gold_answer, tidy
+from trl_entropy.tasks.answers import as_text, tidy
+from trl_entropy.tasks.extraction import gold_answer
 from trl_entropy.tasks.grading import maths_reward, read
 from trl_entropy.tasks.sources import load_source, select_split
 from trl_entropy.tasks.templates import Messages, add_instruction, check_template, text_of
