@@ -303,12 +303,3 @@ def test_missing_matplotlib_is_told_before_any_work(monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit, match=r"trl-entropy quickstart: error: .*trl_entropy\[plots\]"):
         quickstart.main(["--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("num_correct", "num_problems", "interval"),
-    # By hand, z = 1.96: (p + z^2/2n -+ z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n).
-    [(0, 10, (0.0, 0.2775)), (5, 10, (0.2366, 0.7634)), (10, 10, (0.7225, 1.0)), (254, 1016, (0.2243, 0.2775))],
-)
-def test_wilson_interval(num_correct: int, num_problems: int, interval: tuple[float, float]) -> None:
-    assert quickstart.wilson_interval(num_correct, num_problems) == pytest.approx(interval, abs=1e-4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trl_entropy.evaluation import estimates
-from trl_entropy.evaluation.estimates import estimate, estimate_difference, pass_at_k
+from trl_entropy.evaluation.estimates import estimate, estimate_difference, pass_at_k, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,12 @@ def test_nothing_to_estimate_is_refused():
         estimate([])
     with pytest.raises(ValueError, match="one of each per problem"):
         estimate_difference([1.0], [])
+
+
+@pytest.mark.parametrize(
+    ("num_correct", "num_problems", "interval"),
+    # By hand, z = 1.96: (p + z^2/2n -+ z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n).
+    [(0, 10, (0.0, 0.2775)), (5, 10, (0.2366, 0.7634)), (10, 10, (0.7225, 1.0)), (254, 1016, (0.2243, 0.2775))],
+)
+def test_wilson_interval(num_correct: int, num_problems: int, interval: tuple[float, float]) -> None:
+    assert wilson_interval(num_correct, num_problems) == pytest.approx(interval, abs=1e-4)

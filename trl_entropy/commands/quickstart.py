@@ -9,7 +9,6 @@ LoRA adapter on it, and the task is reasoning-gym's sums of two numbers.
 import argparse
 import gc
 import json
-import math
 import platform
 import sys
 import time
@@ -38,6 +37,8 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config
 
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer, __version__
+from trl_entropy.commands.quickstart_setups import ARMS, PRETRAINED, SMALL, Setup
+from trl_entropy.evaluation.held_out import Measure
 from trl_entropy.files import write_json
 from trl_entropy.pretrained import SMOLLM2, resolve_model
 from trl_entropy.recipes import recipe_path
@@ -45,62 +46,6 @@ from trl_entropy.tasks import Task, get_task
 from trl_entropy.telemetry.figures import require_plots
 from trl_entropy.telemetry.report import write_report
 from trl_entropy.telemetry.runs import RESULT_FILE, RESULTS_FILE
-
-ARMS: dict[str, dict[str, Any]] = {
-    "ppo-clip": {},
-    "erc": {"erc_low": 0.95, "erc_high": 1.05},
-    "ce-gppo": {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0},
-    "ce-gppo+erc": {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "erc_low": 0.95, "erc_high": 1.05},
-    # two critics that start from the policy's weights, as the recipe asyppo-corridor has them
-    "asyppo": {
-        "num_critics": 2,
-        "critic_learning_rate": 1e-3,
-        "critic_warmup_rollouts": 2,
-        "advantage_mask_fraction": 0.2,
-        "entropy_filter_fraction": 0.2,
-        "entropy_coef": 0.001,
-    },
-}
-"""The arms: what each sets beside the recipe `quickstart`; the one that sets `num_critics` has AsyPPO's trainer."""
-
-WITHOUT_ASYPPO = (
-    "AsyPPO is left out: to judge a sum its critics would have to know it, and so small ones explain 1 to 3 % of the "
-    "returns, where the exact values explain 46 %. With --arms ppo-clip,asyppo it is trained all the same."
-)
-
-ADAPTED_CRITICS = {
-    "critic_learning_rate": 3e-4,
-    "critic_per_device_train_batch_size": 16,
-    # an answer that fills max_completion_length has failed
-    "bootstrap_truncated": False,
-}
-"""What AsyPPO's critics need otherwise where they are adapters on a pretrained model."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How a kind of policy is trained and measured.
-
-    Attributes:
-        recipe: The recipe that all arms share.
-        arms: What each sets beside the recipe.
-        num_threads: A fixed number, because sums in another order round differently and results must not depend on the
-            environment.
-        without_asyppo: Why its arm is trained only where it is named; empty if it is trained by default.
-        num_problems: Held-out problems to measure on; `None` for all.
-        critic_adapter: Of AsyPPO's critics; `None` to train all their weights.
-    """
-
-    recipe: str
-    arms: dict[str, dict[str, Any]]
-    num_threads: int
-    without_asyppo: str = ""
-    num_problems: int | None = None
-    critic_adapter: LoraConfig | None = None
-
-    @property
-    def default_arms(self) -> list[str]:
-        return [name for name in self.arms if name != "asyppo" or not self.without_asyppo]
 
 
 @dataclass(frozen=True)
@@ -124,22 +69,6 @@ class Start:
     policy: str
     adapter: LoraConfig | None
     before: dict[str, Any]
-
-
-# One thread, because so small a network gains little from more, and loses much when they wait for each other on a busy
-# machine.
-SMALL = Setup("quickstart", ARMS, num_threads=1, without_asyppo=WITHOUT_ASYPPO)
-PRETRAINED = Setup(
-    "quickstart-smollm2-135m-lora",
-    {**ARMS, "asyppo": {**ARMS["asyppo"], **ADAPTED_CRITICS}},
-    num_threads=2,
-    without_asyppo=(
-        "AsyPPO is left out: what its critics explain here over a whole run has not been measured. With --arms "
-        "ppo-clip,asyppo it is trained all the same."
-    ),
-    num_problems=256,
-    critic_adapter=LoraConfig(task_type="TOKEN_CLS", r=16, lora_alpha=32, target_modules="all-linear"),
-)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -321,57 +250,6 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.bar.close()
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Measures policies on held-out problems.
-
-    Attributes:
-        task: The task.
-        problems: Its held-out problems.
-        tokenizer: The policies'.
-        seed: Of the sampling.
-        length: Longest completion, in tokens.
-    """
-
-    task: Task
-    problems: Dataset
-    tokenizer: Any
-    seed: int
-    length: int
-
-    def __call__(self, model: Any, when: str) -> dict[str, Any]:
-        """Accuracy of one sampled completion a problem, its 95 % interval, and that of the greedy completion."""
-        sampled = self._num_correct(model, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-        greedy = self._num_correct(model, do_sample=False)
-        return {
-            f"accuracy_{when}": sampled / len(self.problems),
-            f"accuracy_{when}_ci95": wilson_interval(sampled, len(self.problems)),
-            f"greedy_accuracy_{when}": greedy / len(self.problems),
-        }
-
-    @torch.no_grad()
-    def _num_correct(self, model: Any, **generation: Any) -> int:
-        columns = {key: list(self.problems[key]) for key in self.problems.column_names}
-        prompts = columns.pop("prompt")
-        encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            ids = model.generate(**encoded, max_new_tokens=self.length, **generation)
-        completions = self.tokenizer.batch_decode(ids[:, encoded.input_ids.shape[1] :], skip_special_tokens=True)
-        rewards = [reward(prompts=prompts, completions=completions, **columns) for reward in self.task.reward_funcs]
-        return sum(sum(of_problem) >= 1.0 for of_problem in zip(*rewards, strict=True))
-
-
-def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927)."""
-    z = 1.959964
-    share, spread = num_correct / num_problems, z * z / num_problems
-    centre = (share + spread / 2) / (1 + spread)
-    half_width = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
 
 
 def _fields_of(kind: Any, recipe: dict[str, Any]) -> dict[str, Any]:

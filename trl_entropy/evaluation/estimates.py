@@ -7,6 +7,7 @@ samples; resampling within problems too would count that noise twice (Davison an
 Application, 1997, section 3.8).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,15 @@ def estimate_difference(scores: list[float], baseline: list[float], seed: int = 
     if not scores or len(scores) != len(baseline):
         raise ValueError(f"{len(scores)} scores and {len(baseline)} of the baseline: give one of each per problem.")
     return _bootstrap(np.asarray(scores, dtype=np.float64) - np.asarray(baseline, dtype=np.float64), seed)
+
+
+def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927)."""
+    z = 1.959964
+    share, spread = num_correct / num_problems, z * z / num_problems
+    centre = (share + spread / 2) / (1 + spread)
+    half_width = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
+    return max(0.0, centre - half_width), min(1.0, centre + half_width)
 
 
 def _bootstrap(values: NDArray[np.float64], seed: int) -> Estimate:

@@ -1,0 +1,52 @@
+"""The accuracy of a policy in memory on the held-out problems of a task."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from trl_entropy.evaluation.estimates import wilson_interval
+from trl_entropy.tasks import Task
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures policies on held-out problems.
+
+    Attributes:
+        task: The task.
+        problems: Its held-out problems.
+        tokenizer: The policies'.
+        seed: Of the sampling.
+        length: Longest completion, in tokens.
+    """
+
+    task: Task
+    problems: Dataset
+    tokenizer: Any
+    seed: int
+    length: int
+
+    def __call__(self, model: Any, when: str) -> dict[str, Any]:
+        """Accuracy of one sampled completion a problem, its 95 % interval, and that of the greedy completion."""
+        sampled = self._num_correct(model, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        greedy = self._num_correct(model, do_sample=False)
+        return {
+            f"accuracy_{when}": sampled / len(self.problems),
+            f"accuracy_{when}_ci95": wilson_interval(sampled, len(self.problems)),
+            f"greedy_accuracy_{when}": greedy / len(self.problems),
+        }
+
+    @torch.no_grad()
+    def _num_correct(self, model: Any, **generation: Any) -> int:
+        columns = {key: list(self.problems[key]) for key in self.problems.column_names}
+        prompts = columns.pop("prompt")
+        encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        model.eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            ids = model.generate(**encoded, max_new_tokens=self.length, **generation)
+        completions = self.tokenizer.batch_decode(ids[:, encoded.input_ids.shape[1] :], skip_special_tokens=True)
+        rewards = [reward(prompts=prompts, completions=completions, **columns) for reward in self.task.reward_funcs]
+        return sum(sum(of_problem) >= 1.0 for of_problem in zip(*rewards, strict=True))
