@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.commands.train import parse
-from trl_entropy.controls.epo import turn_indices
+from trl_entropy.controls.turns import turn_indices
 from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import get_task
 from trl_entropy.trainers.contact import LossCall, loss_mask

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from trl_entropy.controls import EntropyHistory, epo, epo_beta
-from trl_entropy.controls.epo import corridor_penalty, trajectory_weights, turn_indices
+from trl_entropy.controls.epo import corridor_penalty
+from trl_entropy.controls.turns import trajectory_weights, turn_indices
 
 # two turns of two and one tokens around an observation; one turn of three; nothing
 MASK = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_entropy.controls import PolicyTokens, TokenMean, entropy_ratio, erc
-from trl_entropy.controls.erc import MAX_LOG_POWER, TARGET_GAIN, BoundPower, bounds_now
+from trl_entropy.controls.erc_target import MAX_LOG_POWER, TARGET_GAIN, BoundPower, bounds_now
 
 
 def tokens(advantages):

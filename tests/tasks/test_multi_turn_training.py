@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
-from trl_entropy.controls.epo import turn_indices
+from trl_entropy.controls.turns import turn_indices
 from trl_entropy.critics import CriticEnsemble
 from trl_entropy.tasks.environments import EnvironmentCrash, Step
 from trl_entropy.tasks.multi_turn import MultiTurnRollout, episode_reward

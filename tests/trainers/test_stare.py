@@ -127,7 +127,7 @@ def test_losses_without_a_ppo_clip_are_weighted_too(build, loss_type):
 
 def test_a_micro_batch_without_its_column_says_so(build):
     b, inputs = random_batch(0)
-    with pytest.raises(ValueError, match="STARE needs `stare_weight`"):
+    with pytest.raises(ValueError, match="STARE needs the rollout's `stare_weight`"):
         trainer_gradients(build(BASE, stare_target_entropy=TARGET), b, inputs)
 
 
@@ -185,7 +185,7 @@ ON = {"stare_target_entropy": 0.3}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stare_target_entropy": 0.0}, "stare_target_entropy=0.0 must be finite and above 0"),
+        ({"stare_target_entropy": 0.0}, "stare_target_entropy=0.0 must be a finite number above 0"),
         ({"stare_target_entropy": math.nan}, "stare_target_entropy=nan must be finite"),
         ({"stare_target_entropy": "0.3"}, "stare_target_entropy='0.3' must be finite"),
         ({**ON, "stare_variant": "o1"}, "stare_variant='o1' is unknown. Choose O1 or C2"),

@@ -12,8 +12,10 @@ from .covariance import covariance
 from .dppo import binary_divergence, dppo
 from .entropic import entropic
 from .entropy_advantage import entropy_advantage
-from .epo import EntropyHistory, epo, epo_beta
-from .erc import ENTROPY_FLOOR, entropy_ratio, erc, inside_bounds
+from .entropy_history import EntropyHistory
+from .entropy_ratios import ENTROPY_FLOOR, entropy_ratio, inside_bounds
+from .epo import epo, epo_beta
+from .erc import erc
 from .fipo import fipo
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight
 from .kl_cov import kl_cov

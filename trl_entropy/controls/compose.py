@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import check_shapes
 from .control import Context, Control, Metrics, MicroBatch, Rollout, State
-from .erc import ENTROPY_FLOOR
+from .entropy_ratios import ENTROPY_FLOOR
 from .importance import bounded_old_logps, clipped_by_ppo, log_importance_weight, ratio_of
 from .table import CONTROLS
 from .tokens import PolicyTokens, TokenMean

@@ -1,7 +1,7 @@
 """EPO: entropy smoothed against its own history, for multi-turn agents (arXiv 2509.22576, v2 of February 2026)."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .checks import check_not_negative, check_shapes
 from .control import Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel, Rollout
+from .entropy_history import EntropyHistory
 from .tokens import TokenMean, in_float32
+from .turns import trajectory_weights, turn_indices
 
 EPO_CHOICES = {
     "epo_schedule": ("decay", "grow", "constant"),
@@ -89,37 +91,6 @@ def check(config: Any) -> None:
     for name, choices in EPO_CHOICES.items():
         if getattr(config, name) not in choices:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown. Choose one of {', '.join(choices)}.")
-
-
-def turn_indices(mask: Tensor) -> Tensor:
-    """Index of the turn that each token belongs to; a turn is a maximal run of tokens that the model wrote.
-
-    Args:
-        mask: True for the tokens that the model wrote, bool `(B, T)`.
-
-    Returns:
-        0 for a completion's first turn, 1 for its second, ...; -1 where `mask` is False. Int64 `(B, T)`.
-    """
-    previous = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=False)
-    return ((mask & ~previous).cumsum(-1) - 1).masked_fill(~mask, -1)
-
-
-def trajectory_weights(mask: Tensor, turns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights whose weighted sum is the sum over trajectories of the mean over turns of the mean over a turn's tokens.
-
-    Args:
-        mask: Bool, `(B, T)`.
-        turns: From `turn_indices`, `(B, T)`.
-        dtype: Of the result.
-
-    Returns:
-        `1 / (turns of the trajectory x tokens of the turn)`, 0 where `mask` is False, `(B, T)`.
-    """
-    index, ones = turns.clamp(min=0), mask.long()
-    turn_lengths = torch.zeros_like(ones).scatter_add_(1, index, ones)
-    num_turns = (turn_lengths > 0).sum(1, keepdim=True)
-    weights = in_float32(mask.to(dtype)) / (turn_lengths.gather(1, index) * num_turns).clamp(min=1)
-    return weights.to(dtype)
 
 
 def epo_beta(step: int, total_steps: int, *, gamma: float, schedule: str) -> float:
@@ -241,90 +212,6 @@ def _per_token(history: Tensor, turns: Tensor) -> Tensor:
     """Each token's turn looked up in the history of turn indices, NaN beyond its end; `(B, T)`."""
     padded = torch.nn.functional.pad(history, (0, 1), value=math.nan)
     return padded[turns.clamp(min=0, max=len(history))]
-
-
-class EntropyHistory:
-    """Mean token entropy of every finished RL step, and the sums of the one that runs.
-
-    One RL step is one batch of rollouts. The mean over the steps is cumulative: the paper argues against a sliding
-    window. A turn index that no trajectory of a step reached has no entry for that step (the released code enters a
-    zero, which drags the mean down).
-    """
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.turn_steps: list[list[float]] = []
-        self._running: Tensor | None = None
-        self._means: dict[str, Tensor] = {}
-
-    def __len__(self) -> int:
-        """Number of finished RL steps: the index `k` of the one that runs."""
-        return len(self.steps)
-
-    def add(self, entropies: Tensor, mask: Tensor) -> None:
-        """Add the tokens of one micro-batch of the running step, each under the policy that wrote it, `(B, T)`.
-
-        An entropy that is not a finite number is left out: it would stay in every later mean.
-
-        Raises:
-            ValueError: If the shapes do not fit.
-        """
-        check_shapes(mask=(mask, "B T"), entropies=(entropies, "B T"))
-        turns, device = turn_indices(mask).clamp(min=0).flatten(), mask.device
-        mask = mask & entropies.isfinite()
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        totals = torch.zeros(mask.shape[1], 2, device=device, dtype=dtype)
-        totals[:, 0].scatter_add_(0, turns, torch.where(mask, entropies.detach().to(dtype), 0.0).flatten())
-        totals[:, 1].scatter_add_(0, turns, mask.to(dtype).flatten())
-        self._running = totals if self._running is None else _padded_sum(totals, self._running)
-
-    def finish_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """End the running step, if there is one: `reduce` sums a `(turns, 2)` tensor over the processes."""
-        if self._running is None:
-            return
-        totals, self._running = reduce(self._running).cpu(), None
-        reached = totals[totals[:, 1] > 0]
-        if len(reached):
-            self.steps.append((reached[:, 0].sum() / reached[:, 1].sum()).item())
-            self.turn_steps.append((reached[:, 0] / reached[:, 1]).tolist())
-            self._means = {}
-
-    def mean(self, kind: str, like: Tensor) -> Tensor | None:
-        """Mean over the finished steps; `None` before the first has finished.
-
-        Args:
-            kind: `"scalar"` for the mean over all tokens, 0-dim, or `"per_turn"` for that of each turn index over the
-                steps that reached it, `(turns,)`.
-            like: Gives the device and the dtype, float32 at least.
-        """
-        if self.steps and kind not in self._means:
-            mean = self._mean_steps() if kind == "scalar" else self._mean_turn_steps()
-            self._means[kind] = in_float32(like).new_tensor(mean)
-        return self._means.get(kind)
-
-    def _mean_steps(self) -> float:
-        return sum(self.steps) / len(self.steps)
-
-    def _mean_turn_steps(self) -> list[float]:
-        longest = max(map(len, self.turn_steps))
-        columns = ([step[turn] for step in self.turn_steps if len(step) > turn] for turn in range(longest))
-        return [sum(column) / len(column) for column in columns]
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; the running sums are this process's own."""
-        return {"steps": self.steps, "turn_steps": self.turn_steps, "running": self._running}
-
-    def load_state_dict(self, state: dict[str, Any], *, own: bool = True) -> None:
-        """Continue from `state_dict()`; the running sums are left out unless they are this process's `own`."""
-        self.steps, self.turn_steps = state["steps"], state["turn_steps"]
-        self._running, self._means = state["running"] if own else None, {}
-
-
-def _padded_sum(first: Tensor, second: Tensor) -> Tensor:
-    """Sum of two `(turns, 2)` tensors, the shorter one padded with zeros."""
-    if len(first) < len(second):
-        first, second = second, first
-    return first + torch.nn.functional.pad(second, (0, 0, 0, len(first) - len(second)))
 
 
 def on_rollout(rollout: Rollout, context: Context, history: EntropyHistory) -> tuple[Mapping[str, Tensor], Metrics]:

@@ -1,9 +1,7 @@
 """ERC: clipping by the entropy ratio of the new and the old policy (arXiv 2512.05591)."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,21 +21,12 @@ from .control import (
     Rollout,
     TokenView,
 )
-from .health import WINDOW, Finding, LogHistory, ends, enough, finite_values
-from .tokens import PolicyTokens, TokenMean, in_float32
+from .entropy_ratios import ENTROPY_FLOOR, entropy_ratio, inside_bounds
+from .erc_rounding import clip_is_rounding, on_repeat
+from .erc_target import BoundPower, bounds_now, check_target
+from .tokens import PolicyTokens, TokenMean
 
-ENTROPY_FLOOR = 1e-8
-"""Nats; the paper's."""
 SIDES = ("both", "outward")
-TARGET_GAIN = 2.0
-"""What the power of the bounds is multiplied with, as the exponent of e, per share of tokens clipped too many. With
-0.6 clipped instead of 0.2 the bounds become 2.2 times as wide, with none 0.67 times."""
-MAX_LOG_BOUND = 80.0
-"""Its `exp` fits float32."""
-MAX_LOG_POWER = 7.0
-"""Bounds 1,100 times as wide or narrow as they began: beyond any working run's."""
-MUCH_ROUNDING = 0.25
-"""Above a quarter of what ERC clips, too much of it is chance for the gate to measure the policy."""
 
 
 @dataclass
@@ -97,7 +86,7 @@ def check(config: Any) -> None:
     check_not_negative(config, "erc_entropy_floor", "1e-8")
     if config.erc_side not in SIDES:
         raise ValueError(f"erc_side={config.erc_side!r} is unknown. Choose one of {', '.join(SIDES)}.")
-    _check_target(config.erc_target_fraction, low, high)
+    check_target(config.erc_target_fraction, low, high)
     if low is None and high is None:
         return
     if low is None or high is None:
@@ -113,51 +102,6 @@ def check(config: Any) -> None:
             "the sequence, in which ERC makes constants of the tokens it clips. Set use_bias_correction_kl=False, "
             "or beta=0."
         )
-
-
-def _check_target(target: float | None, low: float | None, high: float | None) -> None:
-    if target is None:
-        return
-    if not 0.0 < target < 1.0:
-        raise ValueError(f"erc_target_fraction={target} must be in (0, 1). ERC's paper clips about 0.2.")
-    if low is None or high is None:
-        raise ValueError(
-            f"erc_target_fraction={target} moves erc_low and erc_high, which are not set. Set where they begin, such "
-            "as 0.95 and 1.05."
-        )
-    if low == 0.0:
-        raise ValueError(
-            f"erc_low=0 cannot be moved by erc_target_fraction={target}: it is no bound. Set it to 0.95, where the "
-            "paper has it."
-        )
-
-
-def entropy_ratio(entropies: Tensor, old_entropies: Tensor, floor: float = ENTROPY_FLOOR) -> Tensor:
-    """`rho = (H + floor) / (H_old + floor)`, in arXiv 2512.05591 with a floor of 1e-8, without an autograd graph.
-
-    Where both entropies are below 1e-8 nats their ratio is rounding noise: it counts as 1, unchanged.
-
-    Args:
-        entropies: Full-vocabulary entropy of the policy being trained, nats, `(B, T)`.
-        old_entropies: The same of the policy that produced the rollout, `(B, T)`.
-        floor: Nats, at least 0. With one well above the entropy, the ratio measures the change in units of the floor.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-    """
-    check_shapes(entropies=(entropies, "B T"), old_entropies=(old_entropies, "B T"))
-    # Rounding can make the entropy of a certain token slightly negative, and in float16 the paper's floor would be 0.
-    new, old = (in_float32(values.detach()).clamp(min=0.0) for values in (entropies, old_entropies))
-    unchanged = (new < ENTROPY_FLOOR) & (old < ENTROPY_FLOOR)
-    return torch.where(unchanged, 1.0, (new + floor) / (old + floor))
-
-
-def inside_bounds(ratio: Tensor, low: float, high: float) -> Tensor:
-    """True where ERC keeps a token, `low < ratio < high`; a NaN entropy is clipped rather than trained on."""
-    return (ratio > low) & (ratio < high)
 
 
 def erc(
@@ -225,43 +169,6 @@ def erc(
     }
 
 
-class BoundPower:
-    """The power that both bounds are raised to, moved towards a share of clipped tokens; 1 leaves them as they are."""
-
-    def __init__(self) -> None:
-        self.log_power = 0.0
-        self._running: Tensor | None = None
-
-    def add(self, clipped: TokenMean) -> None:
-        """Count the tokens of one micro-batch; without a synchronisation with the device."""
-        totals = clipped.totals()
-        self._running = totals if self._running is None else self._running + totals
-
-    def finish_rollout(self, target: float, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Move the power by the share clipped since the last call; `reduce` sums a tensor over the processes."""
-        if self._running is None:
-            return
-        clipped, tokens = reduce(self._running).tolist()
-        self._running = None
-        if tokens > 0:
-            moved = self.log_power + TARGET_GAIN * (clipped / tokens - target)
-            self.log_power = min(max(moved, -MAX_LOG_POWER), MAX_LOG_POWER)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; the running counts are this process's own."""
-        return {"log_power": self.log_power, "running": self._running}
-
-    def load_state_dict(self, state: dict[str, Any], *, own: bool = True) -> None:
-        """Continue from `state_dict()`."""
-        self.log_power, self._running = state["log_power"], state["running"] if own else None
-
-
-def bounds_now(settings: Any, state: BoundPower | None) -> tuple[float, float]:
-    """The bounds of the entropy ratio: those of the configuration, raised to the state's power."""
-    power = 1.0 if state is None else math.exp(state.log_power)
-    return settings.erc_low**power, math.exp(min(power * math.log(settings.erc_high), MAX_LOG_BOUND))
-
-
 def shape(
     batch: MicroBatch, tokens: PolicyTokens, context: Context, state: BoundPower | None
 ) -> tuple[PolicyTokens, Metrics]:
@@ -296,34 +203,6 @@ def on_rollout(rollout: Rollout, context: Context, state: "BoundPower | None") -
     if state is not None and context.training:
         state.finish_rollout(context.settings.erc_target_fraction, context.sum_over_processes)
     return {}, {}
-
-
-def on_repeat(
-    entropies: Tensor, old_entropies: Tensor, mask: Tensor, context: Context, state: BoundPower | None
-) -> Metrics:
-    settings = context.settings
-    if settings.erc_side != "both":  # which tokens are dropped depends on an update, which there is none of
-        return {}
-    ratio = entropy_ratio(entropies, old_entropies, settings.erc_entropy_floor)
-    outside = ~inside_bounds(ratio, *bounds_now(settings, state))
-    return {"erc/rounding_fraction": TokenMean(outside, mask)}
-
-
-def clip_is_rounding(log_history: LogHistory) -> Finding | None:
-    """More than `MUCH_ROUNDING` of what ERC clips leaves its bounds by rounding alone."""
-    clipped, rounding = enough(log_history, "erc/clip_fraction"), finite_values(log_history, "erc/rounding_fraction")
-    if not clipped or not rounding:
-        return None
-    share, by_rounding = ends(clipped)[1], fmean(rounding[-WINDOW:])
-    if not by_rounding > MUCH_ROUNDING * share > 0.0:
-        return None
-    return Finding(
-        "clip_is_rounding",
-        f"ERC clips {share:.1%} of the tokens, and {by_rounding:.1%} leave its bounds by rounding alone, with "
-        "the same weights: much of what it drops is chance.",
-        "With bf16=True, try fp16=True, which rounds 8 times finer and by data sheet is as fast. Else "
-        "cast_lm_head_to_fp32=True, or float32.",
-    )
 
 
 CLIPPED = (("erc_clipped", "clipped"),)

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_between, check_not_negative, check_shapes, is_number
+from .checks import check_between, check_not_negative, check_positive, check_shapes, is_number
 from .control import (
     LINEAR_LOSSES,
     Context,
@@ -24,6 +24,7 @@ from .control import (
     TargetLoop,
     TokenView,
 )
+from .covariance import rollout_column
 from .health import WINDOW, Finding, LogHistory, enough
 from .selection import Gather, lowest_fraction
 from .steering import rollout_entropy
@@ -93,11 +94,9 @@ def check(config: Any) -> None:
     """Refuse values that STARE cannot work with."""
     if config.stare_variant not in VARIANTS:
         raise ValueError(f"stare_variant={config.stare_variant!r} is unknown. Choose O1 or C2.")
-    target, weight, largest = config.stare_target_entropy, config.stare_positive_weight, config.stare_positive_max
-    if target is not None and not (is_number(target) and 0.0 < target < math.inf):
-        raise ValueError(
-            f"stare_target_entropy={target!r} must be finite and above 0, which is no entropy. Published: 0.3."
-        )
+    weight, largest = config.stare_positive_weight, config.stare_positive_max
+    if config.stare_target_entropy is not None:
+        check_positive(config, "stare_target_entropy", "0.3")
     if not (is_number(config.stare_fraction) and 0.0 < config.stare_fraction <= 1.0):
         raise ValueError(f"stare_fraction={config.stare_fraction!r} must be in (0, 1]. Published: 0.1.")
     if not (is_number(weight) and 1.0 <= weight < math.inf):
@@ -229,11 +228,7 @@ def on_rollout(
 def shape(
     batch: MicroBatch, tokens: PolicyTokens, context: Context, adaptive: STAREWeights | None
 ) -> tuple[PolicyTokens, Metrics]:
-    if "stare_weight" not in batch.columns:
-        raise ValueError(
-            "STARE needs `stare_weight`, which the micro-batch does not have. Let the trainer make the rollout."
-        )
-    weights = batch.columns["stare_weight"]
+    weights = rollout_column(batch.columns, "stare_weight", "STARE")
     return replace(tokens, advantages=weights * tokens.advantages), {
         "stare/raised_fraction": TokenMean(weights > 1.0, tokens.mask),
         "stare/weakened_fraction": TokenMean(weights < 1.0, tokens.mask),
@@ -257,6 +252,8 @@ def stare_does_not_hold(log_history: LogHistory) -> Finding | None:
     )
 
 
+FIELDS = tuple(one.name for one in fields(STAREFields))
+
 STARE = Control(
     name="STARE",
     prefix="stare",
@@ -265,16 +262,7 @@ STARE = Control(
     published="0.3; `O1`; 0.1; 1.1 and 0.9 (14B and 32B: 1.05 and 0.95); 0.01, 1.5, 0.5 where the weights move",
     paper="STARE: Surprisal-guided Token-level Advantage Reweighting for policy Entropy stability",
     arxiv="2606.19236",
-    fields=(
-        "stare_target_entropy",
-        "stare_variant",
-        "stare_fraction",
-        "stare_positive_weight",
-        "stare_negative_weight",
-        "stare_adaptive_step",
-        "stare_positive_max",
-        "stare_negative_min",
-    ),
+    fields=FIELDS,
     check=check,
     loss_types=LINEAR_LOSSES,
     loss_reason="whose weights couple the tokens of a sequence",
@@ -284,16 +272,7 @@ STARE = Control(
     target_loop=TargetLoop("stare", lambda target: {"stare_target_entropy": target}),
     needs_old_entropies=True,
     needs_rollout_pass=True,
-    rollout_settings=(
-        "stare_target_entropy",
-        "stare_variant",
-        "stare_fraction",
-        "stare_positive_weight",
-        "stare_negative_weight",
-        "stare_adaptive_step",
-        "stare_positive_max",
-        "stare_negative_min",
-    ),
+    rollout_settings=FIELDS,
     state=adaptive_weights,
     on_rollout=on_rollout,
     shape=shape,

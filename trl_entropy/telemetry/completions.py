@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..controls import CONTROLS
-from ..controls.control import Mark
+from ..controls.reporting import Mark
 from .record import TokenRecord
 
 MAX_COMPLETIONS = 6

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..controls import CONTROLS
-from ..controls.control import Figure, Panel
+from ..controls.reporting import Figure, Panel
 from .runs import LoggedRun
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..controls import TokenMean
-from ..controls.epo import turn_indices
+from ..controls.turns import turn_indices
 
 TURNS = {
     **{f"turn_{turn}": (turn, turn) for turn in range(1, 9)},

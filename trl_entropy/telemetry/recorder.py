@@ -14,8 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..controls import CONTROLS, ENTROPY_FLOOR, TokenMean, clipped_by_ppo, entropy_ratio, log_importance_weight
 from ..controls.control import PPO_CLIP_LOSSES
-from ..controls.epo import turn_indices
 from ..controls.importance import ratio_of
+from ..controls.turns import turn_indices
 from .record import COUNTS, FLAGS, FLOATS, FOLDER, cut_after, write_rows
 
 MAX_SAMPLED = 1_000_000

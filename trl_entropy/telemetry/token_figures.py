@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..controls import CONTROLS
-from ..controls.control import TokenView
+from ..controls.reporting import TokenView
 from .record import TokenRecord
 
 Floats = NDArray[np.float64]
