@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from epo_oscillation import T_95
 from probes import RATIO_BINS
 from run import Results, last_half, tuned_learning_rate, tuned_runs
 from settings import (
@@ -23,17 +22,14 @@ from settings import (
 )
 from settings import TUNED as TUNED_ARMS
 
+from trl_entropy.evaluation.estimates import half_width
+
 TUNED = "tuned"
 """Setting: every arm at its own learning rate, degree 8. Other settings are degrees, at the common learning rate."""
 STEEP = "steep"
 """Setting: the degree and the learning rate at which PPO-clip comes apart."""
 Setting = str | int
 Result = dict[str, Any]
-
-
-def half_width(values: list[float]) -> float:
-    """Half-width of the 95 % interval of a mean over the seeds (Student's t)."""
-    return T_95 * statistics.stdev(values) / len(values) ** 0.5
 
 
 def interval(values: list[float]) -> str:

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerFast
 from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.commands.train import parse
 from trl_entropy.controls.turns import turn_indices
+from trl_entropy.evaluation.estimates import half_width
 from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import get_task
 from trl_entropy.trainers.contact import LossCall, loss_mask
@@ -56,7 +57,6 @@ SEEDS = (0, 1, 2, 3, 4)
 FIRST_STEP = 10
 LAST_STEPS = 10
 EARLY_TURNS, DOOR_TURNS = slice(0, 3), slice(11, 14)
-T_95 = 2.776  # two-sided 95 % quantile of Student's t with 4 degrees of freedom
 
 FOLDER = Path(__file__).parent
 RESULTS, FIGURE, SECTION = (FOLDER / f"epo_oscillation.{ending}" for ending in ("json", "png", "md"))
@@ -158,7 +158,7 @@ QUANTITIES: dict[str, Callable[[dict[str, Any]], float]] = {
 def interval(values: Iterable[float]) -> str:
     """Mean and half-width of its 95 % confidence interval over the seeds."""
     values = list(values)
-    return f"{statistics.fmean(values):.3f} ± {T_95 * statistics.stdev(values) / len(values) ** 0.5:.3f}"
+    return f"{statistics.fmean(values):.3f} ± {half_width(values):.3f}"
 
 
 def table(runs: dict[str, list[dict[str, Any]]], minus: str | None = None) -> str:

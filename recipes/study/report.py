@@ -18,7 +18,6 @@ from claims import (
     TUNED,
     Setting,
     cell,
-    half_width,
     outcome_table,
     slope_table,
     tuning_table,
@@ -47,6 +46,8 @@ from settings import TUNED as TUNED_ARMS
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+
+from trl_entropy.evaluation.estimates import half_width
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "README.md"

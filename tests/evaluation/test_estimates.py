@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trl_entropy.evaluation import estimates
-from trl_entropy.evaluation.estimates import estimate, estimate_difference, pass_at_k, wilson_interval
+from trl_entropy.evaluation.estimates import estimate, estimate_difference, estimate_proportion, half_width, pass_at_k
 
 
 @pytest.mark.parametrize(
@@ -106,5 +106,31 @@ def test_nothing_to_estimate_is_refused():
     # By hand, z = 1.96: (p + z^2/2n -+ z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n).
     [(0, 10, (0.0, 0.2775)), (5, 10, (0.2366, 0.7634)), (10, 10, (0.7225, 1.0)), (254, 1016, (0.2243, 0.2775))],
 )
-def test_wilson_interval(num_correct: int, num_problems: int, interval: tuple[float, float]) -> None:
-    assert wilson_interval(num_correct, num_problems) == pytest.approx(interval, abs=1e-4)
+def test_interval_of_a_proportion_by_hand(num_correct: int, num_problems: int, interval: tuple[float, float]) -> None:
+    found = estimate_proportion(num_correct, num_problems)
+    assert found.value == num_correct / num_problems
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-4)
+
+
+@pytest.mark.parametrize(("num_correct", "num_problems"), [(3, 2), (-1, 2), (0, 0)])
+def test_a_proportion_of_nothing_is_refused(num_correct: int, num_problems: int) -> None:
+    with pytest.raises(ValueError, match=f"num_correct={num_correct} must be in 0..num_problems={num_problems}"):
+        estimate_proportion(num_correct, num_problems)
+
+
+def test_half_width_by_hand() -> None:
+    # standard deviation of 1..5 is sqrt(2.5): 2.776 sqrt(2.5 / 5); of 0 and 2 sqrt(2): 12.706 sqrt(2 / 2)
+    assert half_width([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1.96293, abs=1e-5)
+    assert half_width([0.0, 2.0]) == pytest.approx(12.706)
+    for few_or_many in ([1.0], [1.0] * 11):
+        with pytest.raises(ValueError, match=f"{len(few_or_many)} values: an interval of their mean is for 2 to 10"):
+            half_width(few_or_many)
+
+
+def test_half_widths_cover_the_mean_as_often_as_they_say() -> None:
+    """Of the means of normal values, of each number that there is a quantile for; 3.2 standard errors of the share."""
+    generator = np.random.default_rng(0)
+    for size in range(2, 11):
+        drawn = generator.normal(size=(2000, size)).tolist()
+        covered = np.mean([abs(np.mean(values)) <= half_width(values) for values in drawn])
+        assert covered == pytest.approx(0.95, abs=0.0155)

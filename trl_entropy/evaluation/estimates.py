@@ -8,6 +8,8 @@ Application, 1997, section 3.8).
 """
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 LEVEL = 0.95
 NUM_RESAMPLES = 10_000
 CHUNK = 1_000_000
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % quantiles of Student's t with 1 to 9 degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,37 @@ def estimate_difference(scores: list[float], baseline: list[float], seed: int = 
     return _bootstrap(np.asarray(scores, dtype=np.float64) - np.asarray(baseline, dtype=np.float64), seed)
 
 
-def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927)."""
+def estimate_proportion(num_correct: int, num_problems: int) -> Estimate:
+    """A share of problems with one sample each, with the score interval of a proportion (Wilson 1927).
+
+    Args:
+        num_correct: In 0..num_problems.
+        num_problems: At least 1.
+
+    Raises:
+        ValueError: If either is out of range.
+    """
+    if not 0 <= num_correct <= num_problems or num_problems < 1:
+        raise ValueError(f"num_correct={num_correct} must be in 0..num_problems={num_problems}, which is at least 1.")
     z = 1.959964
     share, spread = num_correct / num_problems, z * z / num_problems
     centre = (share + spread / 2) / (1 + spread)
-    half_width = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
+    margin = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
+    return Estimate(share, max(0.0, centre - margin), min(1.0, centre + margin))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half-width of the 95 % interval of the mean of a few independent values, such as one per seed (Student's t).
+
+    Args:
+        values: 2 to 10, in any unit.
+
+    Raises:
+        ValueError: If they are fewer or more.
+    """
+    if not 2 <= len(values) <= len(STUDENT) + 1:
+        raise ValueError(f"{len(values)} values: an interval of their mean is for 2 to {len(STUDENT) + 1} of them.")
+    return STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
 
 
 def _bootstrap(values: NDArray[np.float64], seed: int) -> Estimate:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from trl_entropy.evaluation.estimates import wilson_interval
+from trl_entropy.evaluation.estimates import estimate_proportion
 from trl_entropy.tasks import Task
 
 
@@ -32,9 +32,10 @@ class Measure:
         """Accuracy of one sampled completion a problem, its 95 % interval, and that of the greedy completion."""
         sampled = self._num_correct(model, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
         greedy = self._num_correct(model, do_sample=False)
+        accuracy = estimate_proportion(sampled, len(self.problems))
         return {
-            f"accuracy_{when}": sampled / len(self.problems),
-            f"accuracy_{when}_ci95": wilson_interval(sampled, len(self.problems)),
+            f"accuracy_{when}": accuracy.value,
+            f"accuracy_{when}_ci95": (accuracy.low, accuracy.high),
             f"greedy_accuracy_{when}": greedy / len(self.problems),
         }
 
