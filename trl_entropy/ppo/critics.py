@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..critics import CriticEnsemble, check_tokenizer, load_critic
-from ..trainers import asyppo
-from .config import PPOControls
+from ..critics import check_tokenizer
+from ..trainers import critics as of_trainers
 
 
 class NoValueModel(nn.Module):
@@ -45,7 +44,7 @@ def critic_sources(critics: Any, num_critics: int, tokenizer: Any, batch_size: i
             f"num_critics={num_critics} needs as many responses per rollout, and the batch has {batch_size}. Raise "
             f"per_device_train_batch_size or gradient_accumulation_steps, or set num_critics={batch_size}."
         )
-    sources = asyppo.critic_sources(critics, num_critics)
+    sources = of_trainers.critic_sources(critics, num_critics)
     for source in sources:
         try:
             check_tokenizer(tokenizer, source)
@@ -55,34 +54,3 @@ def critic_sources(critics: Any, num_critics: int, tokenizer: Any, batch_size: i
             }
             check_tokenizer(SimpleNamespace(get_vocab=lambda known=vocabulary: known), source)
     return sources
-
-
-def load_critics(
-    sources: list[str | nn.Module], controls: PPOControls, args: Any, device: torch.device, peft_config: Any
-) -> CriticEnsemble:
-    """The ensemble that the configuration describes, on `device`.
-
-    Args:
-        sources: From `critic_sources`.
-        controls: The critics' settings.
-        args: TRL's settings.
-        device: Where the critics live.
-        peft_config: Trains them as adapters.
-    """
-    critics = [
-        load_critic(
-            source,
-            peft_config=peft_config,
-            dtype=getattr(torch, controls.critic_dtype),
-            gradient_checkpointing=controls.critic_gradient_checkpointing,
-        )
-        for source in sources
-    ]
-    return CriticEnsemble(
-        critics,
-        learning_rate=controls.critic_learning_rate,
-        max_grad_norm=args.max_grad_norm,
-        device=device,
-        seed=args.seed,
-        autocast_dtype=torch.bfloat16 if args.bf16 else None,
-    )

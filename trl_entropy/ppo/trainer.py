@@ -1,7 +1,6 @@
 """PPO with entropy control on TRL's PPOTrainer."""
 
 import os
-import warnings
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
@@ -11,13 +10,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.experimental.ppo.ppo_trainer import forward, masked_mean, masked_whiten
 
 from ..controls import ActiveControls, Context, MicroBatch, PolicyTokens, Rollout, micro_batch
-from ..critics import CriticEnsemble, explained_variance, highest_fraction, lowest_fraction
+from ..critics import CriticEnsemble, explained_variance
 from ..telemetry.metrics import TokenMeans
+from ..trainers.critics import critic_batch_size, disagreement, load_ensemble, warn_if_nothing_to_filter
 from ..trainers.dropout import warn_of_dropout
 from ..vllm_on_cpu import require_device
 from .advantages import gae
 from .config import CRITIC_FIELDS, PPOControls
-from .critics import NoValueModel, critic_sources, load_critics
+from .critics import NoValueModel, critic_sources
 from .loop import PPOCall, PPOLoop
 
 
@@ -90,7 +90,9 @@ class EntropyPPOTrainer(PPOLoop):
         )
         if critics is not None:
             sources = critic_sources(critics, self.controls.num_critics, processing_class, self.args.batch_size)
-            self.critics = load_critics(sources, self.controls, self.args, self.accelerator.device, critic_peft_config)
+            self.critics = load_ensemble(
+                sources, self.controls, self.args, self.accelerator.device, peft_config=critic_peft_config
+            )
         if self.controls.ratio_controls:
             warn_of_dropout(self.policy_model, self.controls.ratio_controls)
         self.engine = self._start_vllm() if self.controls.use_vllm else None
@@ -157,24 +159,21 @@ class EntropyPPOTrainer(PPOLoop):
     def _add_advantages_of(self, critics: CriticEnsemble, rollout: dict[str, Tensor]) -> None:
         args, controls, valid = self.args, self.controls, ~rollout["padding_mask"]
         learnt = ~rollout["padding_mask_p1"]
-        values = critics.state_values(*self._critic_inputs(rollout), valid.shape[1], self._critic_batch_size())
+        values = critics.state_values(
+            *self._critic_inputs(rollout), valid.shape[1], critic_batch_size(self.controls, self.args)
+        )
         values = torch.where(learnt, values[:, :, :-1], 0.0)
-        mean, deviation = values.mean(0), values.std(0, unbiased=False)
+        mean = values.mean(0)
         advantages = gae(rollout["rewards"], mean, args.gamma, args.lam)
         targets = gae(rollout["rewards"], mean, args.gamma, controls.critic_gae_lambda) + mean
-        rollout["state_values"], rollout["returns"], rollout["value_std"] = mean, targets, deviation
+        rollout["state_values"], rollout["returns"] = mean, targets
         rollout["advantages"] = torch.where(valid, masked_whiten(advantages, valid), 0.0)
-        gather = self.accelerator.gather
-        rollout["advantage_masked"] = lowest_fraction(deviation, valid, controls.advantage_mask_fraction, gather)
-        rollout["entropy_filtered"] = highest_fraction(deviation, valid, controls.entropy_filter_fraction, gather)
+        rollout |= disagreement(values, valid, controls, self.accelerator.gather)
 
     def _critic_inputs(self, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Input ids and attention mask; the padding token need not be in a critic's vocabulary."""
         attention = rollout["query_responses"] != self.processing_class.pad_token_id
         return rollout["query_responses"].masked_fill(~attention, 0), attention.long()
-
-    def _critic_batch_size(self) -> int:
-        return self.controls.critic_per_device_train_batch_size or self.args.per_device_train_batch_size
 
     def train_on(self, rollout: dict[str, Tensor]) -> None:
         super().train_on(rollout)
@@ -193,7 +192,7 @@ class EntropyPPOTrainer(PPOLoop):
             critic_of_row=critics.assign([self.args.batch_size]),
             rows=torch.arange(start, start + share),
             epochs=self.controls.critic_num_epochs,
-            batch_size=self._critic_batch_size(),
+            batch_size=critic_batch_size(self.controls, self.args),
         )
         losses = [value for name, value in found.items() if name.endswith("/loss")]
         self._critic_metrics = {f"asyppo/{name}": value for name, value in found.items()} | {
@@ -276,10 +275,5 @@ def _check_models(controls: PPOControls, value_model: Any, critics: Any) -> None
                     f"{field.name}={value} is for an ensemble of critics, and there is a value_model. Give critics "
                     f"instead of it, or leave {field.name} out."
                 )
-    elif controls.entropy_filter_fraction and not (controls.entropy_bonus_enabled or controls.epo_enabled):
-        warnings.warn(
-            f"entropy_filter_fraction={controls.entropy_filter_fraction} does nothing: there is no entropy bonus to "
-            "filter. Set entropy_coef or epo_coef, or entropy_filter_fraction=0.",
-            UserWarning,
-            stacklevel=3,
-        )
+    else:
+        warn_if_nothing_to_filter(controls, controls.entropy_bonus_enabled or controls.epo_enabled, stacklevel=3)

@@ -1,6 +1,5 @@
 """AsyPPO: PPO with an ensemble of small critics, on GRPO's rollout engine."""
 
-import copy
 import os
 from typing import Any, ClassVar
 
@@ -9,19 +8,17 @@ from torch import Tensor, nn
 
 from ..controls import TokenMean
 from ..critics import (
-    CriticEnsemble,
     Episodes,
     check_tokenizer,
     critic_targets,
     explained_variance,
     generalized_advantages,
     highest_fraction,
-    load_critic,
-    lowest_fraction,
     whiten,
 )
 from .asyppo_config import AsyPPOConfig
 from .contact import loss_mask
+from .critics import critic_batch_size, critic_sources, disagreement, load_ensemble
 from .grpo import EntropyGRPOTrainer
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
@@ -71,22 +68,13 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         self._warmup_done = args.critic_warmup_rollouts == 0
         self._warming_up = False
         self._prompt_generator = torch.Generator().manual_seed(args.seed)
-        self.critics = CriticEnsemble(
-            [
-                load_critic(
-                    source,
-                    peft_config=critic_peft_config,
-                    dtype=getattr(torch, args.critic_dtype),
-                    gradient_checkpointing=args.critic_gradient_checkpointing,
-                    trust_remote_code=args.trust_remote_code,
-                )
-                for source in sources
-            ],
-            learning_rate=args.critic_learning_rate,
-            max_grad_norm=args.max_grad_norm,
-            device=self.accelerator.device,
-            seed=args.seed,
-            autocast_dtype=torch.bfloat16 if args.bf16 else None,
+        self.critics = load_ensemble(
+            sources,
+            args,
+            args,
+            self.accelerator.device,
+            peft_config=critic_peft_config,
+            trust_remote_code=args.trust_remote_code,
         )
 
     @property
@@ -124,7 +112,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         # a completion that no reward function scored has no return: nothing is learnt from it
         mask = loss_mask(output) & ~rewards.isnan().unsqueeze(1)
         num_tokens = mask.shape[1]
-        values = self.critics.state_values(ids, attention, num_tokens, self._critic_batch_size())
+        values = self.critics.state_values(ids, attention, num_tokens, critic_batch_size(self.args, self.args))
         targets = self._set_advantages(output, values, rewards.nan_to_num(0.0), mask)
         if not self._warming_up:  # the policy stands still, and so do the controls' states
             super().on_rollout(output, rewards)
@@ -135,9 +123,6 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
             for name, value in losses.items():
                 self._metrics["train"][f"asyppo/{name}"].append(value)
 
-    def _critic_batch_size(self) -> int:
-        return self.args.critic_per_device_train_batch_size or self.args.per_device_train_batch_size
-
     def _set_advantages(self, output: dict[str, Any], values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
         """Put the advantages and the two masks into the rollout; return the critics' targets, `(B, T)`."""
         args, mean = self.args, values.mean(0)
@@ -147,13 +132,10 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         advantages = generalized_advantages(episodes, gamma=args.gae_gamma, lam=args.gae_lambda)
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._sum_over_processes)
-        deviation = values[:, :, :-1].std(0, unbiased=False)
         output["advantages"] = advantages
-        output["value_std"] = deviation
         if self.recording:
             output["value_mean"] = mean[:, :-1]
-        output["advantage_masked"] = lowest_fraction(deviation, mask, args.advantage_mask_fraction, self._gather)
-        output["entropy_filtered"] = highest_fraction(deviation, mask, args.entropy_filter_fraction, self._gather)
+        output.update(disagreement(values[:, :, :-1], mask, args, self._gather))
         return critic_targets(episodes, gamma=args.gae_gamma, lam=args.critic_gae_lambda)
 
     def _is_truncated(self, output: dict[str, Any], ends: Tensor) -> Tensor:
@@ -187,7 +169,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
             critic_of_row=self.critics.assign(groups),
             rows=torch.arange(start, start + share),
             epochs=self.args.critic_num_epochs,
-            batch_size=self._critic_batch_size(),
+            batch_size=critic_batch_size(self.args, self.args),
         )
 
     def _log_critics(self, values: Tensor, targets: Tensor, mask: Tensor) -> None:
@@ -246,18 +228,3 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
             self.critics.save(os.path.join(output_dir or self.args.output_dir, "critics"))
-
-
-def critic_sources(critics: Any, num_critics: int) -> list[str | nn.Module]:
-    """One model id, folder or module per critic; a module that serves for several is copied."""
-    if critics is None:
-        raise ValueError("critics is missing: name a small model with the policy's tokenizer, or give a module.")
-    if isinstance(critics, list | tuple):
-        if len(critics) != num_critics:
-            raise ValueError(
-                f"critics lists {len(critics)} and num_critics={num_critics}. Give one per critic, or a single one."
-            )
-        return list(critics)
-    if isinstance(critics, str):
-        return [critics] * num_critics
-    return [critics, *(copy.deepcopy(critics) for _ in range(num_critics - 1))]

@@ -1,10 +1,10 @@
 """The configuration of AsyPPO."""
 
-import warnings
 from dataclasses import dataclass, field
 
 from ..controls.asyppo import CriticFields
 from .config import EntropyGRPOConfig
+from .critics import warn_if_nothing_to_filter
 
 
 @dataclass
@@ -53,7 +53,8 @@ class AsyPPOConfig(CriticFields, EntropyGRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_critics()
-        self._warn_if_nothing_to_filter()
+        has_bonus = bool(self.entropy_coef or self.use_adaptive_entropy or self.epo_enabled)
+        warn_if_nothing_to_filter(self, has_bonus, stacklevel=3)
 
     def _check_critics(self) -> None:
         if self.critic_warmup_rollouts < 0:
@@ -61,12 +62,3 @@ class AsyPPOConfig(CriticFields, EntropyGRPOConfig):
         for name in ("gae_gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]. Published: 1.")
-
-    def _warn_if_nothing_to_filter(self) -> None:
-        if self.entropy_filter_fraction and not (self.entropy_coef or self.use_adaptive_entropy or self.epo_enabled):
-            warnings.warn(
-                f"entropy_filter_fraction={self.entropy_filter_fraction} does nothing: there is no entropy bonus to "
-                "filter. Set entropy_coef or epo_coef, or entropy_filter_fraction=0.",
-                UserWarning,
-                stacklevel=4,
-            )
