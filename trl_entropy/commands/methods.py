@@ -104,32 +104,35 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def short_table() -> str:
-    """The table of methods of the README, in Markdown: what each does, and the fields that switch it on."""
+    """A short table of methods, in Markdown: what each does, and the fields that switch it on.
+
+    The README shows some of its rows.
+    """
 
     def rows() -> Iterator[Sequence[str]]:
         for control in CONTROLS:
             paper = f"[{control.name}](https://arxiv.org/abs/{control.arxiv})"
-            yield paper, control.switch or f"`{control.fields[0]}`", acts(control), control.summary
+            yield paper, _switched_on_by(control), acts(control), control.summary
 
     return markdown(("method", "switched on by", "acts", "what it does"), rows())
 
 
 def methods_table() -> str:
     """The table of methods with all their fields, in Markdown."""
-    head = ("method", "paper", "fields (default)", "published", "acts", "not with", "what it does")
+    head = ("method", "paper", "switched on by", "fields (default)", "published", "acts", "not with", "what it does")
 
     def rows() -> Iterator[Sequence[str]]:
         for control in CONTROLS:
             settings = ", ".join(f"`{name}` ({_default(value)})" for name, value in defaults(control).items())
             paper = f"[{control.arxiv}](https://arxiv.org/abs/{control.arxiv})"
-            others = ", ".join(excluded(control)) or "-"
-            yield control.name, paper, settings, control.published, acts(control), others, control.summary
+            others, on = ", ".join(excluded(control)) or "-", _switched_on_by(control)
+            yield control.name, paper, on, settings, control.published, acts(control), others, control.summary
 
     return markdown(head, rows())
 
 
 def metrics_table() -> str:
-    """The table of metrics of the README, in Markdown."""
+    """The table of metrics, in Markdown."""
 
     def rows() -> Iterator[Sequence[str]]:
         for name, unit, meaning, healthy in OTHER_METRICS[:2]:
@@ -141,6 +144,10 @@ def metrics_table() -> str:
             yield _code(name), unit, meaning, healthy
 
     return markdown(("key", "unit", "meaning", "a healthy run"), rows())
+
+
+def _switched_on_by(control: Control) -> str:
+    return control.switch or f"`{control.fields[0]}`"
 
 
 def _code(names: str) -> str:

@@ -177,6 +177,7 @@ ASYPPO = Control(
             "rises from 0; negative for long, the critics learn nothing",
         ),
         Metric("critic_<m>/loss", "reward squared", "mean squared error of a critic on its share", "falls"),
+        Metric("critic_<m>/grad_norm", "-", "norm of a critic's gradient before clipping", "stays in one band"),
         Metric("critic_<m>/value_mean", "reward", "mean value", "near the mean reward"),
         Metric(
             "value_std",
