@@ -1,19 +1,18 @@
-"""The README's promises that a test can check."""
+"""The README's promises that a test can check; what holds for every document is in `test_documents.py`."""
 
 import re
 from pathlib import Path
 
 import trl_entropy
-from trl_entropy.commands.methods import methods_table, metrics_table, short_table
+from trl_entropy.commands.methods import short_table
 from trl_entropy.controls import CONTROLS
-from trl_entropy.recipes import recipe_names
 
 ROOT = Path(trl_entropy.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
-PREFIXES = "|".join(["ppo_clip", *(control.prefix for control in CONTROLS)])
-METRIC = re.compile(rf"\"((?:{PREFIXES})/\w+)\"")
-CONTROLS_README = (ROOT / "trl_entropy/controls/README.md").read_text(encoding="utf-8")
+MAX_LINES = 180
+FIRST_SCREENS = 60
+"""Lines that a newcomer reads without scrolling twice."""
 
 
 def test_first_command_is_the_quickstart_in_one_line() -> None:
@@ -30,33 +29,16 @@ def test_second_command_runs_the_tests_as_ci_does() -> None:
     assert (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-1] == second
 
 
-def test_every_metric_is_defined() -> None:
-    defined = set(re.findall(r"^\| `([\w/]+)` \|", CONTROLS_README, re.MULTILINE))
-    emitted = {
-        key
-        for path in (ROOT / "trl_entropy").rglob("*.py")
-        for key in METRIC.findall(path.read_text(encoding="utf-8"))
-    }
-    assert "erc/clip_fraction" in emitted
-    assert emitted <= defined, sorted(emitted - defined)
+def test_it_is_short_and_the_class_swap_is_high_up() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= MAX_LINES
+    assert any(line.startswith("+trainer = EntropyGRPOTrainer(") for line in lines[:FIRST_SCREENS])
 
 
-def test_every_recipe_is_listed() -> None:
-    """Variants share a row: `erc-r1-distill-qwen-1.5b`, `-1.5b-lora`."""
-    listed = set()
-    for row in re.findall(r"^\| (`[^|]*`) \|", README, re.MULTILINE):
-        first, *variants = re.findall(r"`([^`]*)`", row)
-        listed |= {first, *(first[: first.rindex("-")] + variant for variant in variants if variant.startswith("-"))}
-    launching = README.partition("`recipes/accelerate/`")[2].partition("\n\n")[0]
-    listed |= {f"accelerate/{name}" for name in re.findall(r"`([\w-]+)`", launching)}
-    assert set(recipe_names()) <= listed, sorted(set(recipe_names()) - listed)
-
-
-def test_tables_are_those_of_the_controls() -> None:
-    """`trl-entropy methods --markdown` and `--metrics` print what belongs between the marks."""
-    for page, name, table in (
-        (README, "methods", short_table()),
-        (CONTROLS_README, "methods", methods_table()),
-        (CONTROLS_README, "metrics", metrics_table()),
-    ):
-        assert page.partition(f"<!-- {name} -->\n")[2].partition("\n<!-- end -->")[0] == table
+def test_its_methods_are_rows_of_the_table_in_its_order() -> None:
+    shown = README.partition("<!-- methods -->\n")[2].partition("\n<!-- end -->")[0].splitlines()
+    table = short_table().splitlines()
+    assert shown[:2] == table[:2]
+    assert len(shown) == 2 + 5
+    assert [line for line in table if line in shown] == shown
+    assert f"Five of the {len(CONTROLS)}." in README
