@@ -186,7 +186,6 @@ def test_the_headers_arithmetic(name: str) -> None:
     written, expected = text[start : text.index("\n\n", start) + 1], block(name)
     # versions of transformers differ in a few temporary tensors
     assert numbers(written) == pytest.approx(numbers(expected), rel=0.02)
-    assert re.sub(r"[\d,.]+", "0", written) == re.sub(r"[\d,.]+", "0", expected)
 
 
 def test_the_published_parameter_counts() -> None:
