@@ -1,7 +1,10 @@
 """The README's promises that a test can check; what holds for every document is in `test_documents.py`."""
 
+import inspect
 import re
 from pathlib import Path
+
+from trl import GRPOTrainer
 
 import trl_entropy
 from trl_entropy.commands.methods import short_table
@@ -33,6 +36,11 @@ def test_it_is_short_and_the_class_swap_is_high_up() -> None:
     lines = README.splitlines()
     assert len(lines) <= MAX_LINES
     assert any(line.startswith("+trainer = EntropyGRPOTrainer(") for line in lines[:FIRST_SCREENS])
+
+
+def test_what_is_handed_over_by_place_is_in_trls_order() -> None:
+    names = ["model", "reward_funcs", "args", "train_dataset"]
+    assert list(inspect.signature(GRPOTrainer.__init__).parameters)[1:5] == names
 
 
 def test_its_methods_are_rows_of_the_table_in_its_order() -> None:
