@@ -108,6 +108,13 @@ def test_what_does_not_fit_is_named(name: str, field: str, change: str) -> None:
         function_of(name)(**BY_HAND[name] | {field: wrong})
 
 
+def test_entropies_that_fit_each_other_must_fit_the_tokens() -> None:
+    wrong = {"entropies": torch.ones(B, 1), "old_entropies": torch.ones(B, 1)}
+    for name in ("erc", "clip_controls", "micro_batch"):
+        with pytest.raises(ValueError, match=r"entropies \(2, 1\)"):
+            function_of(name)(**BY_HAND[name] | wrong)
+
+
 @pytest.mark.parametrize("name", ["logps", "old_logps", "advantages", "mask", "frozen", "without_bonus"])
 def test_the_tokens_of_a_micro_batch_have_one_shape(name: str) -> None:
     fields = {field: value if value is not None else MASK for field, value in vars(TOKENS).items()}

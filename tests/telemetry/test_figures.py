@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,7 +14,7 @@ from trl_entropy.telemetry import figures
 from trl_entropy.telemetry.figures import FIGURES, Figure, Panel, draw, series
 from trl_entropy.telemetry.runs import LoggedRun
 
-pytest.importorskip("matplotlib")
+Canvas = pytest.importorskip("matplotlib.figure").Figure
 
 REWARD = next(figure for figure in FIGURES if figure.name == "reward")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -21,6 +22,28 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def run(name: str, *rewards: float) -> LoggedRun:
     return LoggedRun(name, [{"step": step, "reward": reward} for step, reward in enumerate(rewards, start=1)])
+
+
+AxesOf = Callable[[Figure, list[LoggedRun]], list[Any]]
+
+
+@pytest.fixture
+def axes_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AxesOf:
+    """The panels of what `draw` saves."""
+    saved: list[Any] = []
+    savefig = Canvas.savefig
+
+    def spy(canvas: Any, *args: Any, **kwargs: Any) -> None:
+        saved.append(canvas)
+        savefig(canvas, *args, **kwargs)
+
+    monkeypatch.setattr(Canvas, "savefig", spy)
+
+    def axes(figure: Figure, runs: list[LoggedRun]) -> list[Any]:
+        assert draw(figure, runs, tmp_path / figure.name) is not None
+        return saved[-1].axes
+
+    return axes
 
 
 def texts(svg: str) -> list[str]:
@@ -83,27 +106,27 @@ def test_text_alternative_tells_bars_points_and_lines_apart(points: list[Any], e
     assert figures.text_alternative("Kind", rows) == expected
 
 
-def test_thin_line_is_the_metric_as_logged_and_thick_line_its_moving_average() -> None:
-    (axis,) = figures._canvas(REWARD, [run("one", 1.0, 0.0, 0.0)]).axes
+def test_thin_line_is_the_metric_as_logged_and_thick_line_its_moving_average(axes_of: AxesOf) -> None:
+    (axis,) = axes_of(REWARD, [run("one", 1.0, 0.0, 0.0)])
     raw, smooth = axis.lines
     assert np.asarray(raw.get_ydata()).tolist() == [1.0, 0.0, 0.0]
     assert np.asarray(smooth.get_ydata()) == pytest.approx([1.0, 0.6, 0.36])  # 0.6 of the last, 0.4 of the new
     assert raw.get_linewidth() < smooth.get_linewidth()
 
 
-def test_runs_keep_their_colour_when_one_lacks_the_metric() -> None:
-    (axis,) = figures._canvas(REWARD, [LoggedRun("none", []), run("some", 0.1, 0.2)]).axes
+def test_runs_keep_their_colour_when_one_lacks_the_metric(axes_of: AxesOf) -> None:
+    (axis,) = axes_of(REWARD, [LoggedRun("none", []), run("some", 0.1, 0.2)])
     assert {line.get_color() for line in axis.lines} == {figures.COLOURS[1]}
 
 
-def test_no_two_of_many_runs_look_alike() -> None:
-    (axis,) = figures._canvas(REWARD, [run(str(index), 0.1, 0.2) for index in range(20)]).axes
+def test_no_two_of_many_runs_look_alike(axes_of: AxesOf) -> None:
+    (axis,) = axes_of(REWARD, [run(str(index), 0.1, 0.2) for index in range(20)])
     looks = {(line.get_color(), line.get_linestyle()) for line in axis.lines[1::2]}
     assert len(looks) == 20
 
 
-def test_one_point_is_visible() -> None:
-    (axis,) = figures._canvas(REWARD, [run("one", 0.5)]).axes
+def test_one_point_is_visible(axes_of: AxesOf) -> None:
+    (axis,) = axes_of(REWARD, [run("one", 0.5)])
     assert axis.lines[0].get_marker() == "o"
 
 
@@ -125,25 +148,26 @@ def corridor_run(name: str, **metrics: float) -> LoggedRun:
     return LoggedRun(name, [{"step": step, "entropy": 0.5, **metrics} for step in (1, 2)])
 
 
-def test_band_is_shaded_for_the_runs_that_have_it() -> None:
+def test_band_is_shaded_for_the_runs_that_have_it(axes_of: AxesOf) -> None:
     corridor = next(figure for figure in FIGURES if figure.name == "epo_corridor")
     edges = {"epo/corridor_low": 0.4, "epo/corridor_high": 0.7}
-    (axis,) = figures._canvas(corridor, [corridor_run("none"), corridor_run("some", **edges)]).axes
+    (axis,) = axes_of(corridor, [corridor_run("none"), corridor_run("some", **edges)])
     assert {line.get_color() for line in axis.lines} == {figures.COLOURS[1]}
     bounds = axis.collections[-1].get_paths()[0].get_extents()
     assert (bounds.y0, bounds.y1) == pytest.approx((0.4, 0.7))
 
 
-def test_guide_is_dotted_in_the_colour_of_its_run(tmp_path: Path) -> None:
+def test_guide_is_dotted_in_the_colour_of_its_run(tmp_path: Path, axes_of: AxesOf) -> None:
     loop = next(figure for figure in FIGURES if figure.name == "entropic")
     runs = [
         LoggedRun(name, [{"step": 1, "entropic/entropy": 0.5, "entropic/set_point": 0.3}]) for name in ("one", "two")
     ]
-    axis, _ = figures._canvas(loop, runs).axes
+    axis, _ = axes_of(loop, runs)
     dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
     assert [list(line.get_ydata()) for line in dotted] == [[0.3], [0.3]]
     assert [line.get_color() for line in dotted] == list(figures.COLOURS[:2])
-    assert figures._points(LoggedRun("none", [{"step": 1, "entropic/entropy": 0.5}]), loop.panels[0]) == ([], [])
+    without_guide = LoggedRun("none", [{"step": 1, "entropic/entropy": 0.5}])
+    assert draw(loop, [without_guide], tmp_path / "none") is None
     draw(loop, runs[:1], tmp_path / "loop")
     rows = list(csv.reader((tmp_path / "loop.csv").read_text(encoding="utf-8").splitlines()))[1:]
     assert [row[2:] for row in rows] == [["as logged", "1.0", "0.5"], ["entropic/set_point", "1.0", "0.3"]]
@@ -173,9 +197,9 @@ def test_nothing_is_drawn_without_the_metric(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_panels_are_drawn_below_each_other() -> None:
+def test_panels_are_drawn_below_each_other(axes_of: AxesOf) -> None:
     two = Figure("two", "Two", (Panel("upper", ("reward",)), Panel("lower", ("entropy",))), "Healthy: both.")
-    upper, lower = figures._canvas(two, [run("one", 0.1, 0.2)]).axes
+    upper, lower = axes_of(two, [run("one", 0.1, 0.2)])
     assert (upper.get_ylabel(), lower.get_ylabel()) == ("upper", "lower")
     assert upper.get_position().y0 > lower.get_position().y0
 
