@@ -1,5 +1,8 @@
 """Entropy control for RL fine-tuning of language models: a plugin for Hugging Face TRL."""
 
+from importlib import import_module
+from typing import Any
+
 from .telemetry.diagnosis import DiagnosisCallback
 from .trainers import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 
@@ -9,7 +12,16 @@ __all__ = [
     "AsyPPOConfig",
     "AsyPPOTrainer",
     "DiagnosisCallback",
+    "EntropyAsyncGRPOConfig",
+    "EntropyAsyncGRPOTrainer",
     "EntropyGRPOConfig",
     "EntropyGRPOTrainer",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The asynchronous trainer, which not every TRL has, and whose import loads vLLM where that is installed."""
+    if name in ("EntropyAsyncGRPOConfig", "EntropyAsyncGRPOTrainer"):
+        return getattr(import_module("trl_entropy.trainers.async_grpo"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

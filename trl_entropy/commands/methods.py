@@ -8,6 +8,7 @@ from typing import Any
 
 from trl_entropy import AsyPPOConfig
 from trl_entropy.controls import CONTROLS, Control
+from trl_entropy.telemetry import staleness
 from trl_entropy.trainers.config import EntropyGRPOConfig
 
 WIDTH = 100
@@ -24,6 +25,7 @@ OTHER_METRICS = (
         "`A > 0` and ratio above `1 + epsilon_high`, before any control",
         "0 at a rollout's first step, then below 0.01; 0.0002 in the papers",
     ),
+    *staleness.METRICS,
     (
         "entropy/turn_<n>, entropy/turns_9_to_16, entropy/turns_17_to_32, entropy/turns_from_33",
         "nats",

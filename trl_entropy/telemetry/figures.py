@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..controls import CONTROLS
 from ..controls.reporting import Figure, Panel
+from . import staleness
 from .runs import LoggedRun
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ FIGURES = (
         "learning rate or fewer updates per rollout. PPO-clip drops the gradient of these tokens.",
         from_zero=True,
     ),
+    *staleness.FIGURES,
     *(figure for control in CONTROLS for figure in control.figures),
 )
 

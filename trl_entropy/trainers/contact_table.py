@@ -111,6 +111,41 @@ SAMPLER = ("generator", "num_samples", "shuffle")
 """Attributes of a `RepeatSampler` that shuffles."""
 
 
+ASYNC_METHODS: dict[str, tuple[str, ...]] = {
+    "_get_output_dir": ("trial",),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_save_checkpoint": ("model", "trial"),
+    "_sync_weight": (),
+    "compute_loss": ("model", "inputs"),
+    "create_model_card": (),
+    "get_train_dataloader": (),
+    "log": ("logs", "start_time"),
+}
+"""The same as `METHODS`, of TRL's `AsyncGRPOTrainer`."""
+ASYNC_ATTRIBUTES = (
+    "_metrics",
+    "_rollout_dataset",
+    "_step_forward_s",
+    "epsilon_high",
+    "epsilon_low",
+    "model_version",
+    "processing_class",
+    "temperature",
+)
+"""Attributes of such a trainer."""
+ASYNC_BATCH = (
+    "advantages",
+    "global_n_tokens",
+    "input_ids",
+    "old_log_probs",
+    "position_ids",
+    "segment_id",
+    "shift_labels",
+    "token_index",
+)
+"""Keys of its micro-batches, which TRL packs so from 1.16 on."""
+
+
 def missing_names(names: Mapping[str, Iterable[str]] = NAMES) -> list[str]:
     """The names that are not where they are looked for."""
     found = []
@@ -126,11 +161,16 @@ def missing_names(names: Mapping[str, Iterable[str]] = NAMES) -> list[str]:
 
 def missing_methods() -> list[str]:
     """The methods of `trl.GRPOTrainer`, and arguments of them, that are not there."""
-    found = [f"GRPOTrainer.{name}" for name in METHODS if not callable(getattr(GRPOTrainer, name, None))]
-    for name, arguments in METHODS.items():
-        if method := getattr(GRPOTrainer, name, None):
+    return _missing_methods(GRPOTrainer, METHODS)
+
+
+def _missing_methods(trainer: Any, methods: Mapping[str, Iterable[str]]) -> list[str]:
+    of = trainer.__name__
+    found = [f"{of}.{name}" for name in methods if not callable(getattr(trainer, name, None))]
+    for name, arguments in methods.items():
+        if method := getattr(trainer, name, None):
             parameters = inspect.signature(method).parameters
-            found += [f"GRPOTrainer.{name}({argument})" for argument in arguments if argument not in parameters]
+            found += [f"{of}.{name}({argument})" for argument in arguments if argument not in parameters]
     return found
 
 
@@ -174,6 +214,34 @@ def check_rollout(output: Mapping[str, Any]) -> None:
         ImportError: As `check_installed`.
     """
     _refuse([f"rollout[{name!r}]" for name in ROLLOUT if name not in output])
+
+
+def check_async_type(trainer: Any) -> None:
+    """Check the methods of TRL's `AsyncGRPOTrainer`, and that it packs its samples as the controls read them.
+
+    Raises:
+        ImportError: As `check_installed`.
+    """
+    keys = [f"{trainer.__name__}'s {key!r}" for key in ASYNC_BATCH if not _has(trainer.__module__, key)]
+    _refuse([*_missing_methods(trainer, ASYNC_METHODS), *keys])
+
+
+def check_async_trainer(trainer: Any) -> None:
+    """Check an asynchronous trainer's attributes.
+
+    Raises:
+        ImportError: As `check_installed`.
+    """
+    _refuse([f"trainer.{name}" for name in ASYNC_ATTRIBUTES if not hasattr(trainer, name)])
+
+
+def check_async_batch(inputs: Mapping[str, Any]) -> None:
+    """Check the keys of an asynchronous trainer's micro-batch.
+
+    Raises:
+        ImportError: As `check_installed`.
+    """
+    _refuse([f"micro-batch[{name!r}]" for name in ASYNC_BATCH if name not in inputs])
 
 
 def check_sampler(sampler: Any) -> None:
