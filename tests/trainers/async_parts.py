@@ -3,6 +3,7 @@
 import queue
 import random
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-VOCABULARY = range(2, 30)
 OFF = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
 TRAINING = {
     **OFF,
@@ -55,6 +55,18 @@ def varlen_attention(
     return torch.cat(outputs)
 
 
+def require(name: str) -> Any:
+    """A module of `trl_entropy.trainers`; skips a test module where TRL has no asynchronous trainer that it fits."""
+    try:
+        from trl_entropy.trainers.async_contact import AsyncGRPOTrainer
+        from trl_entropy.trainers.contact_table import check_async_type
+
+        check_async_type(AsyncGRPOTrainer)
+    except ImportError as error:
+        pytest.skip(str(error), allow_module_level=True)
+    return import_module(f"trl_entropy.trainers.{name}")
+
+
 def run_on_cpu(patch: pytest.MonkeyPatch) -> None:
     """Let TRL's asynchronous trainer run on the CPU: it asks CUDA for its peak, and FlashAttention has no kernel."""
     from trl.experimental.async_grpo import async_grpo_trainer, packing
@@ -66,12 +78,13 @@ def run_on_cpu(patch: pytest.MonkeyPatch) -> None:
 class MadeRollouts:
     """A rollout worker whose samples are made up in groups, with ages drawn from `ages` as far as there are versions.
 
-    A second worker with the same seed makes the same samples.
+    A second worker with the same seed makes the same samples. With few letters, samples of a group often begin alike,
+    and TRL packs what they share once.
     """
 
-    def __init__(self, seed: int = 0, ages: Sequence[int] = (0, 1, 2), group_size: int = 4) -> None:
+    def __init__(self, seed: int = 0, ages: Sequence[int] = (0, 1, 2), group_size: int = 4, letters: int = 3) -> None:
         self.random = random.Random(seed)
-        self.ages, self.group_size = ages, group_size
+        self.ages, self.group_size, self.letters = ages, group_size, range(2, 2 + letters)
         self.version, self.groups = 0, 0
         self.taken: list[Any] = []
         self.rollout_buffer: Any = self
@@ -100,13 +113,12 @@ class MadeRollouts:
         from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
         draw, self.groups = self.random, self.groups + 1
-        version = max(self.version - draw.choice(self.ages), min(self.version, 1))
-        prompt = [draw.choice(VOCABULARY) for _ in range(draw.randint(1, 4))]
+        prompt = [draw.choice(self.letters) for _ in range(draw.randint(1, 4))]
         for index in range(self.group_size):
             # turns of an episode: written, read, written
             lengths = [draw.randint(1, 4), draw.randint(0, 2), draw.randint(0, 2)]
             written = [1] * lengths[0] + [0] * lengths[1] + [1] * lengths[2]
-            ids = prompt + [draw.choice(VOCABULARY) for _ in written]
+            ids = prompt + [draw.choice(self.letters) for _ in written]
             logps = [0.0] * len(prompt) + [draw.uniform(-5.0, -1.0) for _ in written]
             reward = float(index % 2)
             yield RolloutSample(
@@ -116,7 +128,7 @@ class MadeRollouts:
                 completion_mask=np.array([0] * len(prompt) + written),
                 old_log_probs=np.array(logps, dtype=np.float32),
                 advantage=draw.choice([-1.5, 0.8, 1.3, -0.4]),
-                model_version=version,
+                model_version=max(self.version - draw.choice(self.ages), min(self.version, 1)),
                 group_id=self.groups,
                 metrics={"reward": reward},
             )
@@ -146,7 +158,7 @@ def make_async_trainer(
     trainer_class: Callable[..., Any] | None = None,
     config_class: Callable[..., Any] | None = None,
     rollout_worker: Any = None,
-    callbacks: list[Any] | None = None,
+    peft_config: Any = None,
     **fields: Any,
 ) -> Any:
     """A trainer whose rollouts are made up."""
@@ -157,7 +169,7 @@ def make_async_trainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        callbacks=callbacks,
+        peft_config=peft_config,
         rollout_worker=rollout_worker or MadeRollouts(),
         weight_transfer=NoTransfer(),
     )

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..controls import CONTROLS, Control, controls_of
-from ..controls.clip_cov import ClipCovFields
 from ..controls.ce_gppo_loop import CEGPPOLoopFields
+from ..controls.clip_cov import ClipCovFields
 from ..controls.dppo import DPPOFields
 from ..controls.entropic import EntroPICFields
 from ..controls.entropy_advantage import EntropyAdvantageFields
@@ -106,7 +106,7 @@ class EntropyAsyncGRPOConfig(
         schedule: Any = getattr(self, f"{control.prefix}_schedule", "constant")
         if self.max_steps <= 0 and schedule not in ("constant", "entropy"):
             raise ValueError(
-                f"{self.settings_text(control)} follows {control.prefix}_schedule={schedule!r} over the training, whose "
-                f"length in steps asynchronous training knows by max_steps alone, and max_steps={self.max_steps}. Set "
-                "max_steps."
+                f"{self.settings_text(control)} follows {control.prefix}_schedule={schedule!r} over the training, and "
+                f"asynchronous training knows how many steps that has by max_steps alone, which is {self.max_steps}. "
+                "Set max_steps."
             )

@@ -49,18 +49,21 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 class EntropyAsyncGRPOTrainer(AsyncContact):
     """TRL's `AsyncGRPOTrainer` with the controls of `SUPPORTED`; same arguments, methods and files.
 
-    With no control set in its [`EntropyAsyncGRPOConfig`], training is bit for bit TRL's own. Otherwise PPO-clip decides
-    on the raw ratio to the recorded log-probs of the server which tokens it would drop, and the controls act on each
-    token in the order of the table, each on what the one before left.
+    With no control set in its [`EntropyAsyncGRPOConfig`], training is bit for bit TRL's own. Otherwise PPO-clip
+    decides on the raw ratio to the recorded log-probs of the server which tokens it would drop, and the controls act
+    on each token in the order of the table, each on what the one before left.
 
     Samples come one by one and each is used once, so the micro-batch of all processes stands where the rollout of
-    synchronous training is: what a control measures once a rollout before its first update (EntroPIC's entropy, STEER's
-    scale, Clip-Cov's covariances) it measures at every micro-batch, under the policy that is about to be trained. An
-    entropy that is not the current policy's is read by ERC, which compares with the policy that wrote the tokens: that
-    of the weights with the version that TRL tagged the sample with, which is the server's when its group was requested.
-    Tokens that were written after a later hand-over have a newer author; `staleness/behaviour_gap` says how far the
-    recorded log-probs are from that version's. It costs a forward pass of the micro-batch without gradients for each
-    such version in it, and `max_staleness + 4` copies of the trained weights in the host's memory.
+    synchronous training is: what a control measures once a rollout before its first update (EntroPIC's entropy,
+    STEER's scale, Clip-Cov's covariances) it measures at every micro-batch, under the policy that is about to be
+    trained.
+
+    ERC compares with the policy that wrote the tokens, whose entropies no server reports. The trainer computes them
+    anew, with the weights of the version that TRL tagged the sample with: the server's when the sample's group was
+    requested. A token that was written after a later hand-over has a newer author; `staleness/behaviour_gap` says how
+    far the recorded log-probs are from that version's. This costs, for each version in a micro-batch that is not the
+    current one, a forward pass of the micro-batch without gradients, and `max_staleness + 4` copies of the trained
+    weights in the host's memory. Where no update lies between, nothing is computed anew and the ratio is 1.
 
     A resumed run goes on with the controls' states; the samples are new, as TRL's are.
 
@@ -102,8 +105,8 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
         kind = self.accelerator.distributed_type
         if kind in SHARDED:
             raise ValueError(
-                f"erc_low={self.args.erc_low} needs the entropies of earlier weights, which are put in the place of the "
-                f"current ones for a forward pass; gathered copies of sharded weights ({kind.value}) would not follow. "
+                f"erc_low={self.args.erc_low} needs the entropies of earlier weights, which are put in the place of "
+                f"the current ones for a forward pass; gathered copies of sharded weights ({kind}) would not follow. "
                 "Leave ERC out, or train without sharding."
             )
 
@@ -135,7 +138,9 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
         batch["age"] = per_token(ages, batch["segment_id"])
         batch["ages"] = torch.tensor([sorted({age for row in ages for age in row})] * len(rows))
         batch["synced"] = torch.full((len(rows),), self.synced)
-        batch["reward"] = per_token([[one.get("reward", torch.nan) for one in row] for row in tagged], batch["segment_id"])
+        batch["reward"] = per_token(
+            [[one.get("reward", torch.nan) for one in row] for row in tagged], batch["segment_id"]
+        )
         if self.recording:
             batch["sample_ids"] = sample_ids(rows)
 
@@ -155,7 +160,6 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
             metrics |= self._shape(call, ages)
         self._token_means.add(metrics)
         self._record(call, metrics)
-        self._micro_step += 1
 
     def _ages(self, call: AsyncLossCall) -> Tensor:
         """Age of each token, in weight versions, `(S, T)`."""
@@ -198,7 +202,7 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
 
     @torch.no_grad()
     def _behaviour_entropies(self, call: AsyncLossCall, ages: Tensor) -> tuple[Tensor, dict[str, TokenMean]]:
-        """Entropies under the weights with the version of each sample, `(S, T)`, and how far these are from its author.
+        """Entropies under the weights with the version of each sample, `(S, T)`, and how far they are from its author.
 
         Every process makes the same passes. Where no update lies between, the pass of the loss is that of the version.
         """
@@ -226,6 +230,7 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
             self._token_means.add(metrics)
         if self.accelerator.sync_gradients:
             self._token_means.close_window(self.accelerator.reduce)
+        self._micro_step += 1
         return added
 
     def _context(self, columns: Mapping[str, Tensor] | None = None) -> Context:

@@ -36,8 +36,8 @@ class WeightVersions:
         if version not in self._kept:
             kept = ", ".join(map(str, sorted(self._kept))) or "none"
             raise KeyError(
-                f"A sample was written by version {version} of the weights, and those kept are {kept}. Let the rollout "
-                "worker tag each sample with the version that `update_model_version` gave it."
+                f"A sample was written by version {version} of the weights, and those kept are {kept}. Let the "
+                "rollout worker tag each sample with the version that `update_model_version` gave it."
             )
         current = {name: value.detach().clone() for name, value in _trained(model)}
         _load(model, self._kept[version])

@@ -1,0 +1,113 @@
+"""Gradients of the asynchronous trainer in float64, on rows as TRL packs them, against the formulas token by token."""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trl_entropy.controls import CONTROLS
+
+from . import async_parts
+from .async_reference import LOSSES, Token, plain, weighted
+
+async_config, async_grpo = map(async_parts.require, ("async_config", "async_grpo"))
+
+
+VERSION = 4
+
+
+class GivenOutputs(nn.Module):
+    """A policy whose weights are the log-probs and the entropies at each position of the packed row."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.positions = positions
+        self.log_probs, self.entropy = (nn.Parameter(torch.empty(positions, dtype=torch.float64)) for _ in range(2))
+        self.calls = 0
+
+    def draw(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        draw = partial(torch.rand, self.positions, generator=generator, dtype=torch.float64)
+        self.log_probs.data, self.entropy.data = -0.2 - 3.0 * draw(), 0.2 + 2.0 * draw()
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        self.calls += 1
+        assert input_ids.shape == (1, self.positions)
+        return SimpleNamespace(log_probs=self.log_probs[None] * 1.0, entropy=self.entropy[None] * 1.0)
+
+
+def batch_of(trainer: Any) -> tuple[dict[str, Tensor], GivenOutputs, list[Token]]:
+    """A packed micro-batch in float64 as the trainer's data loader gives it, a policy for it, and its tokens.
+
+    The policy's weights of the versions up to `VERSION` are kept, as if they had been handed over.
+    """
+    trainer.model_version = trainer.synced = trainer.rollout_worker.version = VERSION
+    inputs = next(iter(trainer.get_train_dataloader()))
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    samples = trainer.rollout_worker.taken[: int(inputs["segment_id"].max()) + 1]
+    trainer.model = policy = GivenOutputs(inputs["input_ids"].shape[1])
+    entropies = {}
+    for version in range(1, VERSION + 1):
+        policy.draw(version)
+        entropies[version] = policy.entropy.tolist()
+        if trainer._versions is not None:
+            trainer._versions.keep(version, policy)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.state.max_steps = trainer.args.max_steps
+    index = iter(inputs["token_index"][0].tolist())
+    tokens = []
+    for number, sample in enumerate(samples):
+        for place in range(1, len(sample.input_ids)):
+            if sample.completion_mask[place]:
+                at = next(index)
+                now = (policy.log_probs[at], policy.entropy[at], sample.old_log_probs[place].item())
+                old_entropy, advantage = entropies[sample.model_version][at], float(np.float32(sample.advantage))
+                tokens.append(Token(number, place, *now, old_entropy, advantage, sample.metrics["reward"]))
+    assert next(index, None) is None
+    return inputs, policy, tokens
+
+
+def gradients(loss: Tensor, policy: GivenOutputs) -> tuple[Tensor, ...]:
+    weights = (policy.log_probs, policy.entropy)
+    return tuple(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True, retain_graph=True))
+
+
+@pytest.mark.parametrize("prefix", [None, *LOSSES])
+@pytest.mark.parametrize("seed", range(2))
+def test_gradients_are_the_formulas(make_async: Callable[..., Any], prefix: str | None, seed: int) -> None:
+    fields, formula = LOSSES[prefix] if prefix else ({"record_tokens": 8}, weighted(plain))
+    worker = async_parts.MadeRollouts(seed, group_size=12)
+    trainer = make_async(per_device_train_batch_size=12, rollout_worker=worker, **fields)
+    inputs, policy, tokens = batch_of(trainer)
+    if prefix is None:
+        trainer._recorder = None
+    given = {name: value.clone() for name, value in inputs.items()}
+    assert len({t.sample for t in tokens}) == 12
+    assert len(tokens) > len(set(given["token_index"][0].tolist())), "nothing is shared"
+    for _ in range(2 if prefix == "epo" else 1):
+        calls, loss = policy.calls, trainer.compute_loss(policy, inputs)
+    ages = {VERSION - sample.model_version for sample in worker.taken[:12]} if prefix == "erc" else set()
+    assert policy.calls - calls == 1 + len(ages - {0})
+    torch.testing.assert_close(inputs, given, rtol=0, atol=0)
+    expected = formula(tokens)
+    for found, wanted in zip(gradients(loss, policy), gradients(expected, policy), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6 if prefix == "entropic" else 1e-9, atol=1e-13)
+    if prefix is not None:
+        other = gradients(weighted(plain)(tokens), policy)
+        assert not all(torch.allclose(*pair) for pair in zip(gradients(loss, policy), other, strict=True))
+
+
+def test_every_control_of_the_table_is_tested_or_refused() -> None:
+    every = {control.prefix for control in CONTROLS}
+    supported, refused = async_config.SUPPORTED, async_config.REFUSED.keys()
+    assert LOSSES.keys() == supported
+    assert supported | refused == every
+    assert not supported & refused
+    assert async_grpo.SUPPORTED is supported

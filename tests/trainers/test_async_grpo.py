@@ -1,0 +1,172 @@
+"""Asynchronous GRPO on made-up rollouts: TRL's own training where nothing is on, several processes, resuming."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from trl_entropy.telemetry.record import read_record
+
+from . import async_parts, async_worker
+
+async_contact, async_grpo = map(async_parts.require, ("async_contact", "async_grpo"))
+
+
+def without_times(trainer: Any) -> list[dict[str, float]]:
+    """The log entries but for what clocks measure."""
+    clocks = ("perf/", "train_runtime", "train_samples", "train_steps")
+    return [
+        {key: value for key, value in entry.items() if not key.startswith(clocks)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def weights(trainer: Any) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("config", ["own", "trl"])
+def test_with_nothing_on_it_is_trls(make_async: Callable[..., Any], config: str) -> None:
+    config_class = None if config == "own" else async_contact.AsyncGRPOConfig
+    theirs = make_async(trainer_class=async_contact.AsyncGRPOTrainer, config_class=async_contact.AsyncGRPOConfig)
+    ours = make_async(config_class=config_class)
+    for trainer in (theirs, ours):
+        trainer.train()
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=0)
+    assert without_times(ours) == without_times(theirs)
+
+
+def test_recording_changes_no_bit(make_async: Callable[..., Any], tmp_path: Any) -> None:
+    plain, recorded = make_async(), make_async(tmp_path / "recorded", record_tokens=16)
+    for trainer in (plain, recorded):
+        trainer.train()
+    torch.testing.assert_close(weights(recorded), weights(plain), rtol=0, atol=0)
+    rows = read_record(tmp_path / "recorded")
+    assert set(rows.sampled.column("step")) == {1, 2, 3, 4}
+    of_first_step = rows.whole.where(rows.whole.column("step") == 1)
+    for index, sample in enumerate(recorded.rollout_worker.taken[:2]):
+        one = of_first_step.where(of_first_step.column("completion") == index)
+        order = one.column("position").argsort()
+        # up to the last token that the model wrote
+        length = int(sample.completion_mask.nonzero()[0][-1]) + 1
+        assert one.column("token_id")[order].tolist()[:length] == sample.input_ids[:length].tolist()
+        written = one.column("written")[order][:length]
+        assert written.tolist() == sample.completion_mask[:length].tolist()
+
+
+@pytest.fixture(scope="module")
+def on_processes(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The worker's results on one and on two processes."""
+    folder, script = tmp_path_factory.mktemp("async"), Path(async_worker.__file__)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
+    found = []
+    for count in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command = [sys.executable, *launcher, str(script), tiny_model_path, str(folder / f"{count}.pt")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(torch.load(folder / f"{count}.pt", weights_only=True))
+    return found
+
+
+@pytest.mark.parametrize("case", async_worker.CASES)
+def test_two_processes_are_one(on_processes: list[dict[str, Any]], case: str) -> None:
+    one, two = (results[case] for results in on_processes)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=2e-6)
+    assert len(one["log"]) == 3
+    for first, second in zip(one["log"], two["log"], strict=True):
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-5)
+    if case != "none":
+        assert any("staleness/age" in entry for entry in one["log"])
+        assert not torch.equal(one["weights"]["lm_head.weight"], on_processes[0]["none"]["weights"]["lm_head.weight"])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(make_async: Callable[..., Any], tmp_path: Any) -> None:
+    fields = {"max_steps": 6, "epo_coef": 0.1, "entropic_target": 1.0, "save_strategy": "steps", "save_steps": 3}
+    whole = make_async(tmp_path / "whole", **fields)
+    whole.train()
+    worker = async_parts.MadeRollouts()
+    for _ in range(3 * 4):
+        worker.get()
+    resumed = make_async(tmp_path / "resumed", rollout_worker=worker, **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    assert resumed.active.states["epo"].steps == whole.active.states["epo"].steps
+    assert resumed.active.states["entropic"].integral == whole.active.states["entropic"].integral
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_checkpoint_without_the_controls_begins_them_anew(
+    make_async: Callable[..., Any], tmp_path: Any, damage: str
+) -> None:
+    fields = {"epo_coef": 0.1, "save_strategy": "steps", "save_steps": 2}
+    make_async(tmp_path / "run", **fields).train()
+    file = tmp_path / "run/checkpoint-2/controls_rank0.pt"
+    file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:100])
+    resumed = make_async(tmp_path / "resumed", **fields)
+    with pytest.warns(UserWarning, match=r"controls_rank0.pt cannot be read \(\w+\): the controls begin anew"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert len(resumed.active.states["epo"].steps) == 1
+
+
+def test_ages_are_those_of_the_update(make_async: Callable[..., Any]) -> None:
+    """TRL counts the age when a sample leaves the queue; by its update the weights may have been handed over again."""
+    worker = async_parts.MadeRollouts(ages=(0,))
+    trainer = make_async(rollout_worker=worker, erc_low=0.9, erc_high=1.1)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    versions = [sample.model_version for sample in worker.taken]
+    expected = [sum(step + 1 - version for version in versions[4 * step : 4 * step + 4]) for step in range(4)]
+    assert expected == [0, 4, 4, 4]
+    assert [entry["staleness/age"] for entry in entries] == [0.0, 1.0, 1.0, 1.0]
+    assert [entry["staleness/tokens_age_1"] for entry in entries] == [0.0, 1.0, 1.0, 1.0]
+    assert [entry["erc/clip_fraction"] > 0 for entry in entries] == [False, True, True, True]
+
+
+def test_the_adapter_alone_is_kept(make_async: Callable[..., Any]) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_async(peft_config=lora, learning_rate=0.1, erc_low=0.99, erc_high=1.01)
+    trainer.train()
+    kept = trainer._versions._kept
+    assert set(kept) <= set(range(1, 6))
+    assert all("lora_" in name for name in kept[5])
+    assert max(entry.get("erc/clip_fraction", 0.0) for entry in trainer.state.log_history) > 0.0
+
+
+def test_sharded_weights_and_erc_are_refused(make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_grpo, "SHARDED", ("NO",))
+    with pytest.raises(ValueError, match=r"erc_low=0.9 needs the entropies of earlier weights.*without sharding"):
+        make_async(erc_low=0.9, erc_high=1.1)
+    make_async(ce_gppo_alpha1=0.75, ce_gppo_alpha2=1.0)
+
+
+def test_a_sample_of_an_unknown_version_is_named(make_async: Callable[..., Any]) -> None:
+    trainer = make_async(erc_low=0.9, erc_high=1.1)
+    trainer.rollout_worker.update_model_version = lambda version: None
+    with pytest.raises(KeyError, match="written by version 0 of the weights, and those kept are 1"):
+        trainer.train()
+
+
+def test_samples_without_rewards_are_named(make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_async(positive_nll_coef=0.1)
+    get = trainer.rollout_worker.get
+    monkeypatch.setattr(trainer.rollout_worker, "get", lambda **kwargs: replace(get(**kwargs), metrics={}))
+    with pytest.raises(KeyError, match=r"positive_nll_coef=0.1 needs each sample's reward"):
+        trainer.train()
+
+
+def test_the_card_names_the_methods(make_async: Callable[..., Any], tmp_path: Any) -> None:
+    trainer = make_async(epo_coef=0.1)
+    trainer.create_model_card()
+    card = (tmp_path / "run/README.md").read_text(encoding="utf-8")
+    assert "| EPO | `epo_coef=0.1`" in card
+    assert "On asynchronous GRPO with `loss_type=bnpo`" in card
