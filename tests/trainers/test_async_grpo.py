@@ -152,7 +152,7 @@ def test_sharded_weights_and_erc_are_refused(make_async: Callable[..., Any], mon
 def test_a_sample_of_an_unknown_version_is_named(make_async: Callable[..., Any]) -> None:
     trainer = make_async(erc_low=0.9, erc_high=1.1)
     trainer.rollout_worker.update_model_version = lambda version: None
-    with pytest.raises(KeyError, match="written by version 0 of the weights, and those kept are 1"):
+    with pytest.raises(ValueError, match="written by version 0 of the weights, and those kept are 1"):
         trainer.train()
 
 
@@ -160,7 +160,7 @@ def test_samples_without_rewards_are_named(make_async: Callable[..., Any], monke
     trainer = make_async(positive_nll_coef=0.1)
     get = trainer.rollout_worker.get
     monkeypatch.setattr(trainer.rollout_worker, "get", lambda **kwargs: replace(get(**kwargs), metrics={}))
-    with pytest.raises(KeyError, match=r"positive_nll_coef=0.1 needs each sample's reward"):
+    with pytest.raises(ValueError, match=r"positive_nll_coef=0.1 needs each sample's reward"):
         trainer.train()
 
 

@@ -4,6 +4,7 @@ import csv
 import html
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -90,7 +91,8 @@ def series(log_history: Sequence[dict[str, Any]], keys: Sequence[str]) -> tuple[
 def draw(figure: Figure, runs: Sequence[LoggedRun], stem: Path) -> str | None:
     """Draw a figure and save it as `stem.svg` and `stem.png`, and its numbers as `stem.csv`.
 
-    The thin line is the metric as logged, the thick one its exponential moving average, a dotted one a guide.
+    The thin line is the metric as logged, the thick one its exponential moving average, a dotted one a guide. A
+    panel of which no run has anything is left out.
 
     Returns:
         The SVG element, to be put into a page, or `None` (and no file) if no run has any of the metrics.
@@ -101,8 +103,10 @@ def draw(figure: Figure, runs: Sequence[LoggedRun], stem: Path) -> str | None:
     require_plots()
     from matplotlib import rc_context
 
-    if not any(_points(run, panel)[0] for panel in figure.panels for run in runs):
+    panels = tuple(panel for panel in figure.panels if any(_points(run, panel)[0] for run in runs))
+    if not panels:
         return None
+    figure = replace(figure, panels=panels)
     with rc_context(rc_settings(figure.name)):
         return save(_canvas(figure, runs), figure.title, stem, _rows(figure, runs))
 

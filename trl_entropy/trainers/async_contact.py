@@ -140,7 +140,7 @@ class AsyncContact(AsyncGRPOTrainer):
     """TRL's asynchronous trainer with places for a subclass to act.
 
     A subclass acts in `before_forward`, `on_forward`, `added_loss`, `add_columns` and `control_metrics`. Where
-    `controlled` is False none of them is called and every step is TRL's own.
+    `hooks_active` is False none of them is called and every step is TRL's own.
     """
 
     synced = 0
@@ -153,7 +153,7 @@ class AsyncContact(AsyncGRPOTrainer):
         check_async_trainer(self)
 
     @property
-    def controlled(self) -> bool:
+    def hooks_active(self) -> bool:
         """Whether a control is on, or there are tokens to record."""
         return False
 
@@ -178,7 +178,7 @@ class AsyncContact(AsyncGRPOTrainer):
         return {}
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.controlled:
+        if not self.hooks_active:
             return super().compute_loss(model, inputs, *args, **kwargs)
         check_async_batch(inputs)
         call, seconds = self._first_call(model, inputs, *args, **kwargs)
@@ -218,14 +218,14 @@ class AsyncContact(AsyncGRPOTrainer):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        if self.controlled and self.accelerator.is_main_process:
+        if self.hooks_active and self.accelerator.is_main_process:
             self._rollout_dataset.queue = _TaggedQueue(self._rollout_dataset.queue, self.tag)
             inner = getattr(loader, "base_dataloader", loader)
             inner.collate_fn = _WithColumns(inner.collate_fn, self.add_columns)
         return loader
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.controlled:
+        if self.hooks_active:
             for name, value in self.control_metrics().items():
                 self._metrics["train"][name].append(value)
         super().log(logs, start_time)

@@ -28,7 +28,7 @@ from ..controls import (
 from ..controls.importance import ratio_of
 from ..files import whole_file
 from ..telemetry.metrics import TokenMeans
-from ..telemetry.recorder import RecorderCallback, TokenRecorder, Update
+from ..telemetry.recorder import RecordedMicroBatch, RecorderCallback, TokenRecorder
 from ..telemetry.staleness import clipped_by_age
 from .async_config import SUPPORTED, EntropyAsyncGRPOConfig
 from .async_contact import AsyncContact, AsyncLossCall
@@ -93,7 +93,7 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
         return isinstance(self.args, EntropyAsyncGRPOConfig) and self.args.recording_enabled
 
     @property
-    def controlled(self) -> bool:
+    def hooks_active(self) -> bool:
         return self.recording or bool(self.active.controls)
 
     @property
@@ -195,7 +195,7 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
 
     def _check_rewards(self, rewards: Tensor) -> None:
         if self.args.positive_nll_enabled and rewards.isnan().all():
-            raise KeyError(
+            raise ValueError(
                 f"positive_nll_coef={self.args.positive_nll_coef} needs each sample's reward, and no sample has "
                 "`metrics['reward']`. Let the rollout worker put it there."
             )
@@ -259,7 +259,7 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
         batch = self._batch
         shaped = {name: call.completions.unpack(column) for name, column in self._read_by_loss(call).items()}
         self._recorder.add(
-            Update(
+            RecordedMicroBatch(
                 as_rollout(call, batch),
                 batch.tokens.mask,
                 batch.tokens.logps,

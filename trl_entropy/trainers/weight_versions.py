@@ -31,11 +31,11 @@ class WeightVersions:
         """Within this context `model` has the parameters of `version`; afterwards its own, to the last bit.
 
         Raises:
-            KeyError: If the version is not kept.
+            ValueError: If the version is not kept.
         """
         if version not in self._kept:
             kept = ", ".join(map(str, sorted(self._kept))) or "none"
-            raise KeyError(
+            raise ValueError(
                 f"A sample was written by version {version} of the weights, and those kept are {kept}. Let the "
                 "rollout worker tag each sample with the version that `update_model_version` gave it."
             )
