@@ -86,8 +86,8 @@ def train(run: Run, policies: Path = POLICIES, steps: int | None = None) -> dict
         probed = (demonstrations[:PROBED] for demonstrations in task.demonstrations(trainer.processing_class, "test"))
         trainer.add_callback(probe := EntropyProbe(*probed))
         trainer.train()
-        measured = _measured(trainer) | {"probe_entropy": probe.entropies} | _held_out(trainer, task)
-    return {"run": run.name, **measured, "seconds": round(time.monotonic() - started, 1)}
+        numbers = measured(trainer) | {"probe_entropy": probe.entropies} | _held_out(trainer, task)
+    return {"run": run.name, **numbers, "seconds": round(time.monotonic() - started, 1)}
 
 
 def _held_out(trainer: MeasuringTrainer, task: StudyTask) -> dict[str, float]:
@@ -100,7 +100,8 @@ def _held_out(trainer: MeasuringTrainer, task: StudyTask) -> dict[str, float]:
     return {"accuracy": round(right.mean().item(), 5), f"pass_at_{PASS_AT}": round(pass_at, 5)}
 
 
-def _measured(trainer: MeasuringTrainer) -> dict[str, Any]:
+def measured(trainer: MeasuringTrainer) -> dict[str, Any]:
+    """What a finished training has logged and counted."""
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     # the explained variance of equal returns is none
     critics = {name: [entry[name] for entry in logs if entry.get(name) is not None] for name in CRITIC_METRICS}
@@ -138,9 +139,26 @@ def runs_of(arm: str, results: Results) -> Iterator[Run]:
 
 
 def read_results(file: Path = RESULTS) -> Results:
-    """The finished runs by name."""
+    """The finished runs by name. A line that a killed process left unfinished counts as not there."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return {result["run"]: result for result in map(json.loads, lines)}
+    found = filter(None, map(_whole, lines))
+    return {result["run"]: result for result in found}
+
+
+def _whole(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def append_result(result: dict[str, Any], file: Path = RESULTS) -> None:
+    """Add a line in one write, so that several processes may."""
+    line = (json.dumps(result) + "\n").encode()
+    with file.open("a+b", buffering=0) as lines:
+        if lines.tell() and lines.seek(-1, os.SEEK_END) >= 0 and lines.read(1) != b"\n":
+            line = b"\n" + line  # after what a killed process left
+        lines.write(line)
 
 
 def run_share(arms: list[str], file: Path = RESULTS) -> None:
@@ -152,15 +170,18 @@ def run_share(arms: list[str], file: Path = RESULTS) -> None:
                 if run.name not in results:
                     bar.set_postfix_str(run.name)
                     results[run.name] = train(run)
-                    with file.open("a", encoding="utf-8") as lines:
-                        lines.write(json.dumps(results[run.name]) + "\n")
+                    append_result(results[run.name], file)
                     gc.collect()  # a trainer is in reference cycles
                 bar.update()
 
 
 def show_again(run: Run) -> None:
     """Train one run and print its numbers beside those of the results."""
-    known, found = read_results().get(run.name, {}), train(run)
+    show_beside(read_results().get(run.name, {}), train(run))
+
+
+def show_beside(known: dict[str, Any], found: dict[str, Any]) -> None:
+    """Print a run's numbers, each with that of the results."""
     for name, value in found.items():
         print(
             f"{name}: {value}\n"
@@ -169,10 +190,19 @@ def show_again(run: Run) -> None:
 
 
 def _share(text: str) -> list[str]:
+    return share_of(list(ALL_ARMS), text)
+
+
+def share_of(names: list[str], text: str) -> list[str]:
+    """The first of two shares of some names for `"1/2"`, and so on.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is not a share.
+    """
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 1/2.")
-    return list(ALL_ARMS)[int(index) - 1 :: int(count)]
+    return names[int(index) - 1 :: int(count)]
 
 
 def _run(text: str) -> Run:

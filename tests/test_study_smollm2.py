@@ -1,0 +1,304 @@
+"""The study on a pretrained model measures what it says, does each run once, and its page follows from its results."""
+
+import argparse
+import gzip
+import importlib
+import json
+import random
+import re
+import statistics
+import sys
+from itertools import product
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_entropy import AsyPPOConfig
+from trl_entropy.recipes import recipes_dir
+
+STUDY = recipes_dir() / "study" / "smollm2"
+sys.path[:0] = [str(STUDY.parent), str(STUDY)]
+
+pytest.importorskip("reasoning_gym")
+pytest.importorskip("matplotlib")
+arms, compare, page, problems, train = map(importlib.import_module, ("arms", "compare", "page", "problems", "train"))
+TEXT = (STUDY / "PREREGISTRATION.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny Llama with one token a character, a line break among them."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("model")
+    characters = ["<pad>", "Ċ", "Ġ", *"0123456789+=:abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(characters)}, "<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Split(Regex("."), "isolated")]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(characters), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, None, 1
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def fake(run, **others):
+    """A result that depends on the run alone, with entropy that falls and reward that rises."""
+    drawn = random.Random(run.name)
+    level = 0.5 + 0.1 * (run.arm == "clip-higher") + 0.01 * drawn.random()
+    result = {
+        "run": run.name,
+        "reward": [level * min(1.0, index / 6) for index in range(12)],
+        "entropy": [2.0 * 0.7**index for index in range(12)],
+        "grad_norm": [drawn.random() for _ in range(96)],
+        "tokens": {"by_ratio": {"all": [8, 2], "erc": [1, 1], "ppo": [0, 1]}},
+        "pass": {str(k): min(1.0, level * k**0.2) for k in arms.PASS_AT},
+        "cpu_seconds": 60.0,
+        "explained_variance": 0.1,
+    }
+    return result | others
+
+
+def test_arms_are_those_registered():
+    rows = re.findall(r"^\| `(\S+)` \| (.+) \|$", TEXT.split("## Arms")[1].split("## Learning rates")[0], re.MULTILINE)
+    assert [name for name, _ in rows] == [*arms.ARMS, "best"]
+    assert [name for name, _ in rows][:12] == list(arms.DECISIVE)
+    assert [name for name, _ in rows][:8] == list(arms.MAIN)
+    assert set(arms.DECISIVE) <= set(arms.ARMS)
+    for rate in (*arms.LEARNING_RATES, *arms.RATE_LIMITS):
+        assert f"{rate:.0e}".replace("e-0", "e-") in TEXT or f"{rate:g}".replace("e-0", "e-") in TEXT
+    steps, degree = arms.TRAINING["max_steps"], arms.TRAINING["steps_per_generation"]
+    assert f"{steps} optimizer steps, {degree} steps a rollout ({steps // degree} rollouts)" in TEXT
+    assert tuple(range(5)) == arms.SEEDS
+    assert tuple(range(5, 10)) == arms.MORE_SEEDS
+    assert "seeds 100 and 101" in TEXT
+    assert arms.TUNING_SEEDS == (100, 101)
+
+
+def test_claims_are_those_registered():
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \|", TEXT.split("## Tests")[1], re.MULTILINE)
+    registered = {number: (text, source) for number, text, source in rows}
+    # the last one is the family of all arms
+    assert {number: (claim.text, claim.source) for number, claim in compare.CLAIMS.items()} | {
+        "18": registered["18"]
+    } == registered
+    named = {name for claim in compare.CLAIMS.values() for test in claim.tests for name in (test.arm, test.than)}
+    assert named - {"", arms.BASE} <= set(arms.ARMS)
+    assert all(f"**{name}**".lower() in TEXT.lower() for name in compare.PRIMARY)
+
+
+@pytest.mark.parametrize("arm", arms.ARMS)
+def test_arm_has_a_valid_configuration_of_its_own(arm, tmp_path):
+    args = train.make_config(arms.Run("sums", arm, 1e-5, 3), str(tmp_path))
+    assert (args.learning_rate, args.seed, args.max_completion_length) == (1e-5, 3, 3)
+    assert args.bf16 == (not arm.endswith("float32"))
+    assert isinstance(args, AsyPPOConfig) == (arm in ("asyppo", "ppo-critic"))
+    control = train.make_config(arms.Run("sums", "ppo-clip", 1e-5, 3), str(tmp_path))
+    assert (arm == "ppo-clip") == (args.to_dict() == control.to_dict())
+
+
+def test_problems_are_split_by_pairs():
+    for task, number in (("sums", 380), ("letters", 650)):
+        splits = {split: problems.STUDY_TASKS[task].load(split) for split in ("train", "test")}
+        assert (len(splits["train"]), len(splits["test"])) == (number - 100, 100)
+        pairs = [
+            {frozenset(re.findall(r"\w+", prompt.split("\n")[-1])) for prompt in rows["prompt"]}
+            for rows in splits.values()
+        ]
+        assert not pairs[0] & pairs[1]
+    row = problems.STUDY_TASKS["sums"].load("test")[0]
+    first, second = re.fullmatch(r"2\+3=5\n(\d+)\+(\d+)=", row["prompt"]).groups()
+    assert int(row["answer"]) == int(first) + int(second)
+
+
+def test_probabilities_are_those_of_sampling(model):
+    tokenizer = problems.load_tokenizer(model)
+    policy = LlamaForCausalLM.from_pretrained(model).eval()
+    rows = problems.STUDY_TASKS["letters"].load("test").select(range(3))
+    found, entropy = problems.answer_statistics(policy, tokenizer, rows)
+    expected, entropies = [], []
+    for row in rows:
+        ids = tokenizer.encode(row["prompt"])
+        probability = 1.0
+        for token in [*tokenizer.encode(row["answer"]), tokenizer.eos_token_id]:
+            chances = policy(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+            probability *= chances[token].item()
+            entropies.append(-(chances * chances.log()).sum().item())
+            ids.append(token)
+        expected.append(probability)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert entropy == pytest.approx(statistics.fmean(entropies), rel=1e-4)
+    assert problems.pass_at([0.5, 0.0], 2) == pytest.approx(0.375)
+
+
+def test_reward_is_for_the_right_tokens_alone(model):
+    tokenizer = problems.load_tokenizer(model)
+    right = [*tokenizer.encode("17"), tokenizer.eos_token_id]
+    given = [right, right[:2], [*right, right[0]], [*tokenizer.encode("18"), tokenizer.eos_token_id], []]
+    assert problems.make_reward(tokenizer)(completion_ids=given, answer=["17"] * 5) == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("arm", ["erc", "asyppo", "base"])
+def test_run_is_measured_and_repeats_to_the_last_digit(arm, model):
+    asked = arms.Run("letters", arm, 1e-2, 0)
+    first, second = (train.train(asked, model, max_steps=16, warmup_steps=0) for _ in range(2))
+    for result, _ in (first, second):
+        assert result.pop("seconds") >= 0
+        assert result.pop("cpu_seconds") > 0
+    assert first == second
+    result, samples = first
+    assert len(result["probabilities"]) == 100
+    assert result["pass"]["1"] == pytest.approx(statistics.fmean(result["probabilities"]), abs=1e-4)
+    if arm != "base":
+        assert len(result["reward"]) == len(result["entropy"]) == len(samples) == 2
+        assert [len(rollout) for rollout in samples] == [64, 64]
+        base, _ = train.train(arms.base_run("letters"), model)
+        assert result["probabilities"] != base["probabilities"]
+    json.dumps(result)
+
+
+def test_held_out_problems_are_measured_in_float32(model, monkeypatch):
+    seen = []
+
+    def keep(policy, tokenizer, rows):
+        seen.append(policy(input_ids=torch.tensor([[3]])).logits.dtype)
+        with torch.no_grad():
+            seen.append(policy.model(input_ids=torch.tensor([[3]])).last_hidden_state.dtype)
+        return [0.5], 1.0
+
+    monkeypatch.setattr(train, "answer_statistics", keep)
+    train.train(arms.Run("letters", "ppo-clip", 1e-3, 0), model, max_steps=1)
+    assert seen == [torch.float32] * 2
+
+
+def test_grid_grows_beyond_a_best_rate_at_its_edge():
+    assert arms.missing_rates({}) == [5e-6, 1e-5, 2e-5]
+    assert arms.missing_rates({5e-6: 0.1, 1e-5: 0.3, 2e-5: 0.2}) == []
+    assert arms.missing_rates({5e-6: 0.1, 1e-5: 0.2, 2e-5: 0.3}) == [4e-5]
+    assert arms.missing_rates({5e-6: 0.1, 1e-5: 0.2, 2e-5: 0.3, 4e-5: 0.4}) == [8e-5]
+    assert arms.missing_rates({5e-6: 0.1, 1e-5: 0.2, 2e-5: 0.3, 4e-5: 0.4, 8e-5: 0.5}) == []
+    assert arms.missing_rates({5e-6: 0.3, 1e-5: 0.2, 2e-5: 0.1}) == [2.5e-6]
+
+
+def test_plan_has_every_run_once_in_the_registered_order():
+    names = [run.name for run in arms.remaining({})]
+    assert len(names) == len(set(names))
+    assert names[:3] == ["sums/base/0/0", "letters/base/0/0", "sums/ppo-clip/1e-05/0"]
+    assert names[2:10] == [f"sums/{arm}/1e-05/0" for arm in arms.MAIN]
+    assert names[10] == "sums/ppo-clip/1e-05/1"
+    for arm, seed in product(arms.ARMS, arms.SEEDS):
+        assert f"sums/{arm}/1e-05/{seed}" in names
+    shares = [arms.remaining({}, train._share(f"{index}/2")) for index in (1, 2)]
+    assert sorted(run.name for share in shares for run in share) == sorted(names)
+
+
+def test_run_names():
+    asked = arms.Run("sums", "erc+ce-gppo", 2e-5, 4)
+    assert arms.Run.parse(asked.name) == asked
+    for name in ("sums/nothing/1e-05/0", "sums/erc/1e-05", "chess/erc/1e-05/0", "sums/erc/fast/0"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not task/arm"):
+            train._run(name)
+
+
+def test_runs_go_on_where_they_were_killed(tmp_path, monkeypatch):
+    results, samples, done = tmp_path / "results.jsonl", tmp_path / "samples.jsonl.gz", []
+
+    def fake_train(run, model):
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(run.name)
+        return fake(run), [[run.name]]
+
+    monkeypatch.setattr(train, "train", fake_train)
+    monkeypatch.setattr(train.gc, "collect", lambda: 0)
+    with pytest.raises(KeyboardInterrupt):
+        train.run_all(["ppo-clip", "kl"], "", results_file=results, samples_file=samples)
+    with results.open("a") as file:
+        file.write('{"run": "sums/kl/1e-05/3", "rew')
+    done.insert(0, "killed")
+    train.run_all(["ppo-clip", "kl"], "", results_file=results, samples_file=samples)
+    found = train.read_results(results)
+    assert sorted(done[1:]) == sorted(found)
+    assert len(done) - 1 == len(found) == len(arms.remaining({}, ["ppo-clip", "kl"]))
+    assert arms.remaining(found, ["ppo-clip", "kl"]) == []
+    kept = [json.loads(line) for line in gzip.decompress(samples.read_bytes()).splitlines()]
+    assert [entry["run"] for entry in kept] == done[1:]
+    train.run_all(["erc"], "", hours=0.0, results_file=results, samples_file=samples)
+    assert train.read_results(results) == found
+
+
+def test_students_t_by_its_tables():
+    for degrees, t in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228)):
+        assert compare.t_quantile(degrees) == pytest.approx(t, abs=1e-3)
+        assert compare.t_probability(t, degrees) == pytest.approx(0.05, abs=1e-4)
+    paired = compare.Paired((1.0, 2.0, 3.0, 4.0, 5.0))
+    # 2.776 times the standard deviation 1.581 over the root of 5; t = 3 / 0.7071 = 4.243
+    assert str(paired) == "+3.000 ± 1.963 (5)"
+    assert paired.probability == pytest.approx(0.0132, abs=1e-4)
+
+
+def test_holm_by_hand():
+    # the smallest times 4, the next times 3, and never below the one before
+    assert compare.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+
+
+def test_entropy_at_equal_reward_by_hand():
+    own = {"reward": [0.0, 0.4, 0.8, 0.8, 0.8], "entropy": [2.0, 1.8, 1.6, 1.4, 1.2]}
+    other = {"reward": [0.0, 0.0, 0.0, 0.8, 0.8], "entropy": [2.0, 1.0, 0.8, 0.4, 0.2]}
+    # means of four: own 0, 0.2, 0.4, 0.5, 0.7; other 0, 0, 0, 0.2, 0.4: both reach 0.4, at the third and the fifth
+    assert compare.entropies_at_equal_reward(own, other) == pytest.approx((1.8, 0.6))
+
+
+def test_verdicts_by_hand():
+    def outcome(expected, differences, adjusted):
+        test = compare.Test("pass@1", "erc", "ppo-clip", expected)
+        return compare.Outcome(test, compare.Paired(differences) if differences else None, adjusted).verdict
+
+    assert outcome("higher", (0.1, 0.2), 0.01) == "holds"
+    assert outcome("lower", (0.1, 0.2), 0.01) == "opposite"
+    assert outcome("higher", (0.1, 0.2), 0.06) == "not resolved"
+    assert outcome("higher", (), 1.0) == "not run"
+
+
+def test_page_of_partial_results_says_what_is_missing():
+    partial = {}
+    for run in arms.remaining({})[:40]:
+        partial[run.name] = fake(run)
+    found = page.tables(partial)
+    assert "| finished | 40 |" in found["state"]
+    assert "`erc-float32` 16" in found["state"]
+    assert "`ppo-clip` 22" in found["state"]
+    assert "**" in found["arms at the common rate"]
+    assert found["arms at own rates"] == "Not run yet."
+    assert "`dppo`" not in found["arms at the common rate"]
+    assert "collapsed: yes" in found["regime"]
+    higher = next(line for line in found["symptoms"].splitlines() if "`clip-higher`" in line and "pass@1" in line)
+    assert re.search(r"\+0\.1\d\d ± 0\.0\d\d \(5\) \| common rate \| more", higher)
+    assert all(made for made in page.tables({}).values())
+
+
+def test_page_of_whole_results_decides_every_claim(tmp_path, monkeypatch):
+    whole = {run.name: fake(run) for run in arms.remaining({})}
+    rate = {name: result | {"reward": [0.9 if "/1e-05/" in name else 0.1] * 12} for name, result in whole.items()}
+    found = page.tables(rate)
+    assert "not run" not in found["claims"].lower()
+    assert "| missing, at least | 0 |" in found["state"]
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    page.curves_figure(whole)
+    page.effects_figure(whole)
+    assert {file.name for file in tmp_path.iterdir()} == {"curves.png", "effects.png"}
+
+
+def test_page_has_the_tables_of_the_results():
+    text = (STUDY / "README.md").read_text(encoding="utf-8")
+    for name, table in page.tables(train.read_results(train.RESULTS)).items():
+        assert f"<!-- {name} -->\n{table}\n<!-- end -->" in text, name
+    for name in ("curves", "effects"):
+        assert f"({name}.png)" in text
+        assert (STUDY / f"{name}.png").is_file()
