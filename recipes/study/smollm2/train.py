@@ -51,6 +51,7 @@ from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
 from trl_entropy.pretrained import resolve_model
 
 FOLDER = Path(__file__).parent
+COMMAND = "python recipes/study/smollm2/train.py"
 RESULTS, SAMPLES = FOLDER / "results.jsonl", FOLDER / "samples.jsonl.gz"
 
 
@@ -146,8 +147,14 @@ def run_all(
             with samples_file.open("ab", buffering=0) as file:
                 file.write(gzip.compress((json.dumps({"run": run.name, "samples": samples}) + "\n").encode(), mtime=0))
             append_result(results[run.name], results_file)
+            tqdm.write(f"{_summary(results[run.name])}; again: {COMMAND} --only {run.name}")
             gc.collect()  # a trainer is in reference cycles
             bar.update()
+
+
+def _summary(result: dict[str, Any]) -> str:
+    passes, seconds = result["pass"], result["cpu_seconds"]
+    return f"{result['run']}: pass@1 {passes['1']:.3f}, pass@32 {passes['32']:.3f}, {seconds:.0f} s of a thread"
 
 
 def _share(text: str) -> list[str]:
