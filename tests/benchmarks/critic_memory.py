@@ -24,7 +24,13 @@ import torch
 from datasets import Dataset
 from step_overhead import machine, peak_memory, reset_peak
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    set_seed,
+)
 
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 
@@ -52,6 +58,7 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size(Shape(32, 2, 4, 2, 64), Shape(16, 2, 2, 1, 32), 64, 4, 16),  # to try the script
     "110M": Size(Shape(768, 12, 12, 4, 3072), Shape(320, 8, 5, 5, 1280), 16384, 4, 256),
     # DeepSeek-R1-Distill-Qwen-1.5B and Qwen2.5-0.5B
     "r1-distill-1.5b": Size(Shape(1536, 28, 12, 2, 8960), Shape(896, 24, 14, 2, 4864), 151936, 8, 1024),
@@ -96,7 +103,8 @@ def build(arm: str, size: Size, folder: str, device: str) -> EntropyGRPOTrainer:
         "steps_per_generation": 2,
         "max_completion_length": size.tokens,
     }
-    policy = Qwen2ForCausalLM(architecture(size.policy, size.vocabulary)).to(device=device, dtype=dtype)
+    with torch.device(device):
+        policy = AutoModelForCausalLM.from_config(architecture(size.policy, size.vocabulary), dtype=dtype)
     # TRL's default, which takes effect in `train()` only
     policy.gradient_checkpointing_enable({"use_reentrant": False})
     others: dict[str, Any] = {
@@ -115,7 +123,9 @@ def build(arm: str, size: Size, folder: str, device: str) -> EntropyGRPOTrainer:
         critic_dtype="bfloat16" if on_gpu else "float32",
         critic_gradient_checkpointing=True,
     )
-    critics = [Qwen2ForTokenClassification(architecture(shape, size.vocabulary)).to(dtype) for shape in shapes]
+    configs = [architecture(shape, size.vocabulary) for shape in shapes]
+    with torch.device(device):
+        critics = [AutoModelForTokenClassification.from_config(config, dtype=dtype) for config in configs]
     return AsyPPOTrainer(policy, args=args, critics=critics, **others)
 
 

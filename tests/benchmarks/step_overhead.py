@@ -24,7 +24,7 @@ import transformers
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, set_seed
 from trl import GRPOTrainer
 
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
@@ -47,6 +47,7 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size(16, 2, 2, 1, 32, 64, 2, 16),  # to try the script
     "5M-8k-256": Size(192, 6, 6, 2, 768, 8192, 4, 256),
     "24M-32k-512": Size(320, 8, 5, 5, 1280, 32768, 2, 512),
     "24M-32k-1024": Size(320, 8, 5, 5, 1280, 32768, 2, 1024),
@@ -54,7 +55,7 @@ SIZES = {
     # DeepSeek-R1-Distill-Qwen-1.5B's architecture
     "r1-distill-1.5b": Size(1536, 28, 12, 2, 8960, 151936, 8, 2048, tied=False),
 }
-CPU_SIZES = [name for name in SIZES if not name.startswith("r1")]
+CPU_SIZES = [name for name in SIZES if name not in ("tiny", "r1-distill-1.5b")]
 
 OFF = {"erc_low": None, "erc_high": None, "ce_gppo_alpha1": None, "ce_gppo_alpha2": None, "positive_nll_coef": 0.0}
 ERC = {"erc_low": 0.95, "erc_high": 1.05}
@@ -85,7 +86,10 @@ def build_trainer(size: Size, folder: str, device: str) -> EntropyGRPOTrainer:
         bos_token_id=None,
     )
     on_gpu = device == "cuda"
-    model = Qwen2ForCausalLM(config).to(device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    if on_gpu:  # TRL's default, which takes effect in `train()` only
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>")),
         pad_token="<pad>",
