@@ -88,7 +88,8 @@ def global_batch(vocabulary: int) -> dict[str, torch.Tensor]:
 
 def local_inputs(trainer: EntropyGRPOTrainer) -> dict[str, Any]:
     """This process's slice of the batch, with what the trainer's own rollout would add to it."""
-    batch = global_batch(trainer.model.config.vocab_size)
+    device = trainer.accelerator.device
+    batch = {name: value.to(device) for name, value in global_batch(trainer.model.config.vocab_size).items()}
     num_items = (batch["completion_mask"] * batch["tool_mask"]).sum() * STEPS_PER_GENERATION
     share = ROWS // trainer.accelerator.num_processes
     start = trainer.accelerator.process_index * share
@@ -109,7 +110,8 @@ def local_inputs(trainer: EntropyGRPOTrainer) -> dict[str, Any]:
     return inputs | {"num_items_in_batch": num_items}
 
 
-def build(model: str, folder: str, case: tuple[str, str, str]) -> EntropyGRPOTrainer:
+def build(model: str, folder: str, case: tuple[str, str, str], **precision: bool) -> EntropyGRPOTrainer:
+    """The trainer of a case; on CPU in float32, unless `use_cpu` and `bf16` say otherwise."""
     name, loss_type, level = case
     with_critics, processes = name.startswith("asyppo"), int(os.environ.get("WORLD_SIZE", "1"))
     args = (AsyPPOConfig if with_critics else EntropyGRPOConfig)(
@@ -118,8 +120,7 @@ def build(model: str, folder: str, case: tuple[str, str, str]) -> EntropyGRPOTra
         **({"critic_per_device_train_batch_size": 4 // processes} if with_critics else {}),
         loss_type=loss_type,
         importance_sampling_level=level,
-        use_cpu=True,
-        bf16=False,
+        **{"use_cpu": True, "bf16": False, **precision},
         gradient_checkpointing=False,
         report_to="none",
         num_generations=2,

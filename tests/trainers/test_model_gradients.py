@@ -69,12 +69,13 @@ class Observer:
         found = torch.autograd.grad(loss, parameters, retain_graph=True)
 
         policy = float64_copy(model)
+        inputs = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
         b = self.batch(policy, inputs)
         self.entropy_errors.append(self.max_error(inputs["old_entropies"], b.entropy_old, b.mask))
         expected = torch.autograd.grad(reference.loss(b, self.settings), policy.parameters())
         assert names == tuple(name for name, _ in policy.named_parameters())
         scale = torch.cat([g.flatten() for g in expected]).norm().item()
-        errors = [(got - want).norm().item() / scale for got, want in zip(found, expected, strict=True)]
+        errors = [(got.cpu() - want).norm().item() / scale for got, want in zip(found, expected, strict=True)]
         self.gradient_errors.append(max(errors))
         self.count_fates(b)
         short = (b.mask == 0).any(1)
