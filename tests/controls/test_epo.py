@@ -7,29 +7,11 @@ import torch
 
 from trl_entropy.controls import EntropyHistory, epo, epo_beta
 from trl_entropy.controls.epo import corridor_penalty
-from trl_entropy.controls.turns import trajectory_weights, turn_indices
 
 # two turns of two and one tokens around an observation; one turn of three; nothing
 MASK = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
 ENTROPIES = torch.tensor([[1.0, 3.0, 99.0, 4.0], [1.0, 2.0, 6.0, 99.0], [99.0] * 4], dtype=torch.float64)
 SETTINGS = {"beta": 2.0, "kappa_low": 0.5, "kappa_high": 1.5, "penalty": 0.1, "form": "hinge", "num_trajectories": 2.0}
-
-
-def identity(totals):
-    return totals
-
-
-def test_turns_are_runs_of_model_written_tokens():
-    assert turn_indices(MASK).tolist() == [[0, 0, -1, 1], [0, 0, 0, -1], [-1, -1, -1, -1]]
-    late_start = torch.tensor([[0, 1, 0, 0, 1, 1, 0, 1]]).bool()
-    assert turn_indices(late_start).tolist() == [[-1, 0, -1, -1, 1, 1, -1, 2]]
-
-
-def test_weights_of_the_triple_mean():
-    # row 0 has two turns: 1 / (2 x 2) each for the first, 1 / (2 x 1) for the second; row 1 has one turn of three
-    weights = trajectory_weights(MASK, turn_indices(MASK), torch.float64)
-    expected = [[0.25, 0.25, 0.0, 0.5], [1 / 3, 1 / 3, 1 / 3, 0.0], [0.0] * 4]
-    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_first_step_is_not_smoothed():
@@ -119,61 +101,6 @@ def test_unknown_names_are_refused():
         corridor_penalty(ENTROPIES, torch.tensor(0.0), torch.tensor(1.0), "soft")
 
 
-def test_history_is_cumulative_and_weighted_by_tokens_within_a_step():
-    history = EntropyHistory()
-    assert history.mean("scalar", like=ENTROPIES) is None
-    assert len(history) == 0
-    history.add(ENTROPIES, MASK)
-    assert len(history) == 0, "the running step is not part of its own history"
-    history.finish_step(identity)
-    # step 0: (1 + 3 + 4 + 1 + 2 + 6) / 6 = 17/6; turn 0: 13/5, turn 1: 4
-    assert history.mean("scalar", like=ENTROPIES).item() == pytest.approx(17 / 6, rel=1e-14)
-    history.add(torch.full((1, 2), 1.0), torch.ones(1, 2, dtype=torch.bool))
-    history.add(torch.full((1, 1), 4.0), torch.ones(1, 1, dtype=torch.bool))
-    history.finish_step(identity)
-    # step 1: (1 + 1 + 4) / 3 = 2; no trajectory reached turn 1, so its mean stays 4
-    assert history.mean("scalar", like=ENTROPIES).item() == pytest.approx((17 / 6 + 2) / 2)
-    assert history.mean("per_turn", like=ENTROPIES).tolist() == pytest.approx([(13 / 5 + 2) / 2, 4.0])
-    assert len(history) == 2
-
-
-def test_history_sums_over_processes_and_skips_empty_steps():
-    history = EntropyHistory()
-    history.finish_step(identity)
-    history.add(ENTROPIES, torch.zeros_like(MASK))
-    history.finish_step(identity)
-    assert len(history) == 0
-    history.add(torch.full((1, 1), 1.0), torch.ones(1, 1, dtype=torch.bool))
-    history.finish_step(lambda totals: totals + torch.tensor([[7.0, 3.0]]))
-    assert history.steps == [2.0]
-
-
-def test_history_survives_saving_with_a_step_under_way(tmp_path):
-    whole, saved = EntropyHistory(), EntropyHistory()
-    for history in (whole, saved):
-        history.add(ENTROPIES, MASK)
-        history.finish_step(identity)
-        history.add(ENTROPIES * 2, MASK)
-    torch.save(saved.state_dict(), tmp_path / "state.pt")
-    resumed = EntropyHistory()
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for history in (whole, resumed):
-        history.add(ENTROPIES[:2, :3], MASK[:2, :3])
-        history.finish_step(identity)
-    assert resumed.steps == whole.steps
-    assert resumed.turn_steps == whole.turn_steps
-    assert len(whole) == 2
-
-
-@pytest.mark.parametrize(("dtype", "tokens"), [(torch.bfloat16, 1000), (torch.float16, 70_000)])
-def test_counts_do_not_end_in_16_bits(dtype, tokens):
-    # one turn; counted in bfloat16 it ends at 256 where sums are not kept wider, in float16 at infinity
-    mask = torch.ones(1, tokens, dtype=torch.bool)
-    weights = trajectory_weights(mask, turn_indices(mask), dtype)
-    assert weights.dtype == dtype
-    assert weights[0, 0].item() == pytest.approx(1 / tokens, rel=4e-3)
-
-
 @pytest.mark.parametrize("form", ["hinge", "indicator"])
 def test_bfloat16_entropies_give_the_loss_of_the_same_numbers_in_float32(form):
     generator = torch.Generator().manual_seed(0)
@@ -190,15 +117,3 @@ def test_bfloat16_entropies_give_the_loss_of_the_same_numbers_in_float32(form):
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(entropies.grad.double(), wide.grad, rtol=1e-2, atol=1e-9)
-    history._means = {}
-    assert history.mean("scalar", like=entropies.detach()).item() == pytest.approx(0.3457, rel=1e-6)
-
-
-def test_history_leaves_out_what_is_no_number():
-    # the turns stay those of the mask: 1 and 3 are one turn, and the second one's 5 is in the second place
-    history = EntropyHistory()
-    history.add(torch.tensor([[1.0, math.nan, 3.0, 9.0, 5.0]]), torch.tensor([[True, True, True, False, True]]))
-    history.add(torch.tensor([[math.inf]]), torch.tensor([[True]]))
-    history.finish_step(identity)
-    assert history.steps == [3.0]
-    assert history.turn_steps == [[2.0, 5.0]]

@@ -1,13 +1,11 @@
 """ERC by hand."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trl_entropy.controls import PolicyTokens, TokenMean, entropy_ratio, erc
-from trl_entropy.controls.erc_target import MAX_LOG_POWER, TARGET_GAIN, BoundPower, bounds_now
+from trl_entropy.controls import PolicyTokens, entropy_ratio, erc
 
 
 def tokens(advantages):
@@ -17,22 +15,6 @@ def tokens(advantages):
 
 def entropy(*probabilities):
     return -sum(p * math.log(p) for p in probabilities if p > 0)
-
-
-def test_ratio_by_hand():
-    # 0.6 / 0.5 = 1.2; 0 / 0.5: (0 + 1e-8) / (0.5 + 1e-8) = 2e-8; both at the floor: unchanged
-    new = torch.tensor([[0.6, 0.0, 0.0, 5e-9]], dtype=torch.float64)
-    old = torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
-    ratio = entropy_ratio(new, old)
-    assert ratio[0, 0].item() == pytest.approx(1.2, rel=1e-7)
-    assert ratio[0, 1].item() == pytest.approx(2e-8, rel=1e-6)
-    assert ratio[0, 2:].tolist() == [1.0, 1.0]
-
-
-def test_rounding_below_zero_is_zero_entropy():
-    ratio = entropy_ratio(torch.tensor([[-1e-7, 0.5]]), torch.tensor([[-2e-7, -1e-7]]))
-    assert ratio[0, 0] == 1.0
-    assert ratio[0, 1] == pytest.approx(0.5 / 1e-8, rel=1e-5)
 
 
 def test_bounds_are_strict():
@@ -87,26 +69,11 @@ def test_a_shared_ratio_freezes_the_clipped_tokens():
     assert metrics["erc/clip_fraction"].totals().tolist() == [2.0, 3.0]
 
 
-def test_floor_by_hand():
-    # (0.02 + 0.1) / (0.01 + 0.1) = 1.0909 where the paper's floor gives 2; (1.2 + 0.1) / (1 + 0.1) = 1.1818
+def test_the_floor_reaches_the_gate():
+    # ratios of 0.12 / 0.11 and 1.3 / 1.1, where the paper's floor gives 2 and 1.2
     new, old = torch.tensor([[0.02, 1.2]], dtype=torch.float64), torch.tensor([[0.01, 1.0]], dtype=torch.float64)
-    assert entropy_ratio(new, old, 0.1).tolist() == [[pytest.approx(0.12 / 0.11), pytest.approx(1.3 / 1.1)]]
-    assert entropy_ratio(new, old).tolist() == [[pytest.approx(2.0), pytest.approx(1.2)]]
     shaped, _ = erc(tokens([1.0, 1.0]), new, old, low=0.9, high=1.1, floor=0.1)
     assert shaped.advantages.tolist() == [[1.0, 0.0]]
-
-
-def test_a_floor_of_zero_takes_two_entropies_of_zero_for_unchanged():
-    zero = torch.zeros(1, 2, dtype=torch.float64)
-    assert entropy_ratio(zero, zero, 0.0).tolist() == [[1.0, 1.0]]
-    assert entropy_ratio(zero + 0.5, zero, 0.0).isinf().all()
-
-
-def test_sixteen_bit_entropies_are_compared_in_float32():
-    # in float16 the floor itself would be 0, and 0 / 0 no number
-    for dtype in (torch.float16, torch.bfloat16):
-        new, old = (torch.tensor([values], dtype=dtype) for values in ([0.0, 0.0, 1.0], [0.0, 0.5, 1.0]))
-        assert entropy_ratio(new, old).tolist() == [[1.0, pytest.approx(0.0, abs=1e-6), 1.0]]
 
 
 def test_outward_keeps_what_brings_the_entropy_back():
@@ -121,28 +88,3 @@ def test_outward_keeps_what_brings_the_entropy_back():
     assert shaped.advantages.tolist() == [kept]
     clipped = [1.0 if weight == 0.0 else 0.0 for weight in kept[:-1]] + [0.0]  # without an advantage nothing moves
     assert metrics["erc/clip_fraction"].value.float().tolist() == [clipped]
-
-
-def test_bounds_move_towards_the_target_share():
-    power, clipped = BoundPower(), torch.tensor([[True, True, True, False, False]])
-    settings = SimpleNamespace(erc_low=0.95, erc_high=1.05)
-    assert bounds_now(settings, power) == bounds_now(settings, None) == (0.95, 1.05)
-    power.finish_rollout(0.2, lambda totals: totals)  # nothing was counted
-    assert power.log_power == 0.0
-    power.add(TokenMean(clipped, torch.ones_like(clipped)))
-    restored = BoundPower()
-    restored.load_state_dict(power.state_dict())
-    other = BoundPower()
-    other.load_state_dict(power.state_dict(), own=False)
-    other.finish_rollout(0.2, lambda totals: totals)
-    assert other.log_power == 0.0  # another process's counts are not counted again
-    for one in (power, restored):
-        one.finish_rollout(0.2, lambda totals: 2 * totals)  # two processes with the same counts
-        assert one.log_power == pytest.approx(TARGET_GAIN * (0.6 - 0.2))
-    low, high = bounds_now(settings, power)
-    factor = math.exp(TARGET_GAIN * 0.4)
-    assert (math.log(low), math.log(high)) == pytest.approx((factor * math.log(0.95), factor * math.log(1.05)))
-    for _ in range(200):
-        power.add(TokenMean(torch.zeros(1, 5), clipped | True))
-        power.finish_rollout(0.2, lambda totals: totals)
-    assert power.log_power == -MAX_LOG_POWER
