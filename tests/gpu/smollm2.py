@@ -9,10 +9,10 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from trl_entropy.commands import quickstart
-from trl_entropy.commands.train import Run, open_trainer, prepare
+from trl_entropy.commands.train import TrainingPlan, open_trainer, prepare
+from trl_entropy.evaluation.estimates import estimate, pass_at_k
 from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import arithmetic, tiny_policy
-from trl_entropy.telemetry.estimates import estimate, pass_at_k
 
 RECIPE = quickstart.PRETRAINED.recipe
 ROLLOUT = {"per_device_train_batch_size": 64, "num_generations": 8, "steps_per_generation": 8, "max_steps": 320}
@@ -37,7 +37,7 @@ SAMPLES, KS = 32, (1, 8, 32)
 PROBLEMS, AT_ONCE = 128, 16
 
 
-def prepare_arm(name: str, seed: int, folder: Path, dry_run: bool) -> tuple[Run, dict[str, Any]]:
+def prepare_arm(name: str, seed: int, folder: Path, dry_run: bool) -> tuple[TrainingPlan, dict[str, Any]]:
     """The checked run of an arm, and what it sets beside the recipe.
 
     In a dry run a policy of random weights learns to begin its answers with an odd character.
@@ -86,7 +86,7 @@ def _is_told(key: str) -> bool:
 
 
 @torch.no_grad()
-def held_out(trainer: Any, run: Run, problems: Any) -> dict[str, Any]:
+def held_out(trainer: Any, run: TrainingPlan, problems: Any) -> dict[str, Any]:
     """Share of the problems that at least one of `k` samples at temperature 1 solves, and its 95 % interval."""
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     samples = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": SAMPLES}
