@@ -130,6 +130,7 @@ def test_ages_are_those_of_the_update(make_async: Callable[..., Any]) -> None:
     assert [entry["staleness/age"] for entry in entries] == [0.0, 1.0, 1.0, 1.0]
     assert [entry["staleness/tokens_age_1"] for entry in entries] == [0.0, 1.0, 1.0, 1.0]
     assert [entry["erc/clip_fraction"] > 0 for entry in entries] == [False, True, True, True]
+    assert all(0 < entry["perf/fwd_s"] < entry["perf/fwd_bwd_s"] for entry in entries)
 
 
 def test_the_adapter_alone_is_kept(make_async: Callable[..., Any]) -> None:

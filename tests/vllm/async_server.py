@@ -8,15 +8,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tests.conftest import ASCII, character_tokenizer
+from tests.conftest import ASCII, character_tokenizer, parity_reward
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
-def digits_reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Share of digits in the completion; in a module of its own, as the process of the rollouts imports it."""
-    texts = [messages[-1]["content"] for messages in completions]
-    return [sum(letter.isdigit() for letter in text) / max(len(text), 1) for text in texts]
+def reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    """`parity_reward` of conversations; in a module of its own, as the process of the rollouts imports it."""
+    return parity_reward([messages[-1]["content"] for messages in completions])
 
 
 def conversational_tokenizer() -> PreTrainedTokenizerFast:

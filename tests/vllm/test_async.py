@@ -14,7 +14,7 @@ from tests.trainers import async_parts
 from trl_entropy.telemetry.staleness import AGES
 
 from . import cpu_engine, cpu_server
-from .async_server import FileTransfer, conversational_tokenizer, digits_reward
+from .async_server import FileTransfer, conversational_tokenizer, reward
 from .observe import ALL_CONTROLS, METRICS, logged
 
 pytestmark = pytest.mark.vllm
@@ -24,7 +24,7 @@ TRAINING = {
     **async_parts.OFF,
     "save_strategy": "no",
     "max_steps": UPDATES,
-    "learning_rate": 3e-3,
+    "learning_rate": 0.01,
     "per_device_train_batch_size": 8,
     "num_generations": 4,
     "max_completion_length": 8,
@@ -59,7 +59,7 @@ def train(served: tuple[str, str, Path], **fields: Any) -> Any:
     settings = {**TRAINING, "vllm_server_base_url": url, **fields}
     trainer = EntropyAsyncGRPOTrainer(
         model=model,
-        reward_funcs=digits_reward,
+        reward_funcs=reward,
         args=EntropyAsyncGRPOConfig(output_dir=str(folder / "run"), **settings),
         train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": prompt}] for prompt in PROMPTS]}),
         processing_class=conversational_tokenizer(),
