@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
-from trl_entropy.commands import quickstart
+from trl_entropy.commands import quickstart_setups as quickstart
 from trl_entropy.commands.train import TrainingPlan, open_trainer, prepare
 from trl_entropy.evaluation.estimates import estimate, pass_at_k
 from trl_entropy.recipes import recipe_path
@@ -38,7 +38,7 @@ PROBLEMS, AT_ONCE = 128, 16
 
 
 def prepare_arm(name: str, seed: int, folder: Path, dry_run: bool) -> tuple[TrainingPlan, dict[str, Any]]:
-    """The checked run of an arm, and what it sets beside the recipe.
+    """The checked plan of an arm, and what it sets beside the recipe.
 
     In a dry run a policy of random weights learns to begin its answers with an odd character.
     """
@@ -59,15 +59,15 @@ def train_arm(name: str, seed: int, dry_run: bool) -> dict[str, Any]:
         its 95 % interval over problems; `recipe`, and the `settings` beside it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run, settings = prepare_arm(name, seed, Path(folder), dry_run)
-        problems = run.task.load("test", **(run.script.task_args or {}))
+        plan, settings = prepare_arm(name, seed, Path(folder), dry_run)
+        problems = plan.task.load("test", **(plan.script.task_args or {}))
         problems = problems.select(range(4 if dry_run else PROBLEMS))
-        with open_trainer(run) as trainer:
+        with open_trainer(plan) as trainer:
             for printer in (ProgressCallback, PrinterCallback):
                 trainer.remove_callback(printer)
             trainer.train()
             log = [{k: v for k, v in entry.items() if _is_told(k)} for entry in trainer.state.log_history]
-            found = held_out(trainer, run, problems)
+            found = held_out(trainer, plan, problems)
     return {"recipe": RECIPE, "settings": settings, "log": log[:-1], "held_out": found}
 
 
@@ -86,22 +86,22 @@ def _is_told(key: str) -> bool:
 
 
 @torch.no_grad()
-def held_out(trainer: Any, run: TrainingPlan, problems: Any) -> dict[str, Any]:
+def held_out(trainer: Any, plan: TrainingPlan, problems: Any) -> dict[str, Any]:
     """Share of the problems that at least one of `k` samples at temperature 1 solves, and its 95 % interval."""
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     samples = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": SAMPLES}
     correct: list[int] = []
-    torch.manual_seed(run.config.seed)
+    torch.manual_seed(plan.config.seed)
     for start in range(0, len(problems), AT_ONCE):
         rows = problems.select(range(start, min(start + AT_ONCE, len(problems))))
         columns = {key: [v for v in rows[key] for _ in range(SAMPLES)] for key in rows.column_names}
         encoded = tokenizer(list(rows["prompt"]), return_tensors="pt", padding=True, padding_side="left")
-        with trainer.accelerator.autocast() if run.config.bf16 else contextlib.nullcontext():
+        with trainer.accelerator.autocast() if plan.config.bf16 else contextlib.nullcontext():
             ids = model.generate(
-                **encoded.to(model.device), max_new_tokens=run.config.max_completion_length, **samples
+                **encoded.to(model.device), max_new_tokens=plan.config.max_completion_length, **samples
             )
         texts = tokenizer.batch_decode(ids[:, encoded.input_ids.shape[1] :], skip_special_tokens=True)
-        rewards = run.reward_funcs[0](completions=texts, **{"prompts": columns.pop("prompt"), **columns})
+        rewards = plan.reward_funcs[0](completions=texts, **{"prompts": columns.pop("prompt"), **columns})
         correct += [sum(r >= 1.0 for r in rewards[i : i + SAMPLES]) for i in range(0, len(rewards), SAMPLES)]
     passed = {k: estimate([pass_at_k(SAMPLES, count, k) for count in correct]) for k in KS}
     return {f"pass@{k}": [e.value, e.low, e.high] for k, e in passed.items()}

@@ -131,11 +131,11 @@ def test_an_item_that_fails_is_told_and_made_again(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize("name", smollm2.ARMS)
 def test_every_arm_is_accepted(tmp_path: Path, name: str) -> None:
-    run, settings = smollm2.prepare_arm(name, 3, tmp_path, dry_run=True)
-    given = {key: getattr(run.config, key) for key in smollm2.ARMS[name] if hasattr(run.config, key)}
+    plan, settings = smollm2.prepare_arm(name, 3, tmp_path, dry_run=True)
+    given = {key: getattr(plan.config, key) for key in smollm2.ARMS[name] if hasattr(plan.config, key)}
     assert given == {key: settings[key] for key in given}
-    assert run.config.seed == 3
-    assert run.script.critics == (["policy"] if name == "asyppo" else None)
+    assert plan.config.seed == 3
+    assert plan.script.critics == (["policy"] if name == "asyppo" else None)
 
 
 def test_a_card_has_one_file_of_results(tmp_path: Path) -> None:
