@@ -43,7 +43,7 @@ METRICS = (
         "staleness/age",
         "weight versions",
         "mean age of the tokens of an update; only with `EntropyAsyncGRPOTrainer`, as all of `staleness`",
-        "below 1 to 2, steady; growing: the server falls behind",
+        "1 to 2, steady; growing: the server falls behind",
     ),
     (
         ", ".join(f"staleness/clipped_{name}" for name in AGES),
