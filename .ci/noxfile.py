@@ -23,6 +23,7 @@ CONTACT_TESTS = [
     for name in (
         "contact",
         "contact_table",
+        "controlled",
         "grpo",
         "resume",
         "epo",
@@ -30,6 +31,8 @@ CONTACT_TESTS = [
         "masked_vocabulary",
         "liger",
         "rounding",
+        "rloo",
+        "token_level",
     )
 ]
 

@@ -15,7 +15,7 @@ from tests.conftest import parity_reward
 from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.critics import CriticEnsemble
 from trl_entropy.recipes import recipes_dir
-from trl_entropy.trainers.contact import LossCall, loss_mask
+from trl_entropy.trainers.loss_call import LossCall, loss_mask
 
 STUDY = recipes_dir() / "study"
 sys.path.insert(0, str(STUDY))

@@ -4,7 +4,15 @@ from importlib import import_module
 from typing import Any
 
 from .telemetry.diagnosis import DiagnosisCallback
-from .trainers import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
+from .trainers import (
+    AsyPPOConfig,
+    AsyPPOTrainer,
+    EntropyGRPOConfig,
+    EntropyGRPOTrainer,
+    EntropyRLOOConfig,
+    EntropyRLOOTrainer,
+    entropy_controlled,
+)
 
 __version__ = "0.1.0"
 
@@ -16,7 +24,10 @@ __all__ = [
     "EntropyAsyncGRPOTrainer",
     "EntropyGRPOConfig",
     "EntropyGRPOTrainer",
+    "EntropyRLOOConfig",
+    "EntropyRLOOTrainer",
     "__version__",
+    "entropy_controlled",
 ]
 
 

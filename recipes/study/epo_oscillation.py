@@ -36,7 +36,7 @@ from trl_entropy.controls.turns import turn_indices
 from trl_entropy.evaluation.estimates import half_width
 from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import get_task
-from trl_entropy.trainers.contact import LossCall, loss_mask
+from trl_entropy.trainers.loss_call import LossCall, loss_mask
 
 BONUS = "GRPO + entropy bonus 0.02"
 SETTINGS: dict[str, dict[str, float]] = {"recipe": {}, "steep": {"learning_rate": 1.5e-3}}

@@ -13,7 +13,7 @@ from trl_entropy.controls.asyppo import ASYPPO
 from trl_entropy.controls.control import Metrics
 from trl_entropy.controls.erc import ERC
 from trl_entropy.critics import lowest_fraction
-from trl_entropy.trainers.contact import LossCall, loss_mask
+from trl_entropy.trainers.loss_call import LossCall, loss_mask
 
 RATIO_BINS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Edges of the bins of |log importance ratio|; PPO-clip's boundary of 0.2 is at 0.18 (above 1) and 0.22 (below)."""

@@ -35,8 +35,8 @@ from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.commands.probe import prepare_probe
 from trl_entropy.commands.train import open_trainer
 from trl_entropy.controls import ENTROPY_FLOOR
-from trl_entropy.trainers.contact import REPEAT_PADDING
 from trl_entropy.trainers.grpo import ROWS_PER_REPEAT
+from trl_entropy.trainers.rollout_contact import REPEAT_PADDING
 
 RESULTS = Path(__file__).parent / "rounding_cost.json"
 AUTOCAST = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -160,6 +160,7 @@ class Control:
         steers_entropy: Whether it closes a loop on the mean entropy; two such loops at once fight.
         target_loop: How it serves `target_entropy`; `None` if it does not.
         comes_with_critics: Whether a trainer with critics has it on.
+        sets_advantages: Whether it makes the advantages of a rollout anew from those of its completions.
         replaces_ppo_clip: Whether it decides instead of PPO-clip which gradients are dropped.
         needs_old_entropies: Whether it reads the rollout policy's entropies.
         needs_entropy_gradients: Whether it differentiates entropies.
@@ -202,6 +203,7 @@ class Control:
     target_loop: TargetLoop | None = None
     comes_with_critics: bool = False
     replaces_ppo_clip: bool = False
+    sets_advantages: bool = False
     needs_old_entropies: Switch = False
     needs_entropy_gradients: bool = False
     needs_rollout_pass: Switch = False

@@ -111,6 +111,7 @@ QAE = Control(
     fields=("qae_quantile",),
     check=check,
     excludes=(("asyppo", "its advantages come from critics, and QAE's from the rewards of a group"),),
+    sets_advantages=True,
     rollout_settings=("qae_quantile",),
     on_rollout=on_rollout,
     metrics=(

@@ -25,6 +25,8 @@ class Episodes:
         mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
         ends: Number of tokens of each completion, observations included, int64 `(B,)`.
         truncated: True for the completions that were cut off rather than finished, bool `(B,)`.
+        token_rewards: Rewards of the tokens that the model wrote, beside that of the completion, `(B, T)`; `None` for
+            none.
 
     Raises:
         ValueError: If the shapes do not fit each other.
@@ -35,6 +37,7 @@ class Episodes:
     mask: Tensor
     ends: Tensor
     truncated: Tensor
+    token_rewards: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, tokens = self.mask.shape
@@ -68,6 +71,8 @@ def generalized_advantages(episodes: Episodes, *, gamma: float, lam: float) -> T
     next_values = torch.cat([values[:, :-1], last_states.unsqueeze(1)], dim=1).gather(1, next_written)
     is_last = mask & (next_written == mask.shape[1])
     given = torch.where(is_last, episodes.rewards.unsqueeze(1), 0.0)
+    if episodes.token_rewards is not None:
+        given = given + episodes.token_rewards
     deltas = torch.where(mask, given + gamma * next_values - values[:, :-1], 0.0)
     # an observation hands on what follows it, undiscounted
     decay = torch.ones_like(deltas).masked_fill(mask, gamma * lam)

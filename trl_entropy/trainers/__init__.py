@@ -3,6 +3,17 @@
 from .asyppo import AsyPPOTrainer
 from .asyppo_config import AsyPPOConfig
 from .config import EntropyGRPOConfig
-from .grpo import EntropyGRPOTrainer
+from .controlled import entropy_controlled
+from .grpo import EntropyControlMixin, EntropyGRPOTrainer
+from .rloo import EntropyRLOOConfig, EntropyRLOOTrainer
 
-__all__ = ["AsyPPOConfig", "AsyPPOTrainer", "EntropyGRPOConfig", "EntropyGRPOTrainer"]
+__all__ = [
+    "AsyPPOConfig",
+    "AsyPPOTrainer",
+    "EntropyControlMixin",
+    "EntropyGRPOConfig",
+    "EntropyGRPOTrainer",
+    "EntropyRLOOConfig",
+    "EntropyRLOOTrainer",
+    "entropy_controlled",
+]

@@ -17,9 +17,10 @@ from ..critics import (
     whiten,
 )
 from .asyppo_config import AsyPPOConfig
-from .contact import loss_mask
 from .critics import critic_batch_size, critic_sources, disagreement, load_ensemble
 from .grpo import EntropyGRPOTrainer
+from .loss_call import loss_mask
+from .token_level import TokenValues, summed_rewards
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
@@ -48,6 +49,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = [*EntropyGRPOTrainer._tag_names, "asyppo"]
+    config_class: ClassVar[type] = AsyPPOConfig
 
     def __init__(
         self,
@@ -78,6 +80,10 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         )
 
     @property
+    def reads_rollout(self) -> bool:
+        return True
+
+    @property
     def wants_old_entropies(self) -> bool:
         # the filter's overlap with the tokens of high entropy is a metric; on TRL 1.12 they are an extra pass
         return super().wants_old_entropies or self.args.entropy_filter_fraction > 0
@@ -106,6 +112,13 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         start = self.accelerator.process_index * share
         return [self.train_dataset[index] for index in rows[start : start + share].tolist()]
 
+    def set_token_level(self, output: dict[str, Any], found: list[TokenValues], completion_ids: list[Any]) -> None:
+        if any(values.name == "token_advantages" for values in found):
+            raise ValueError(f"token_advantages of {found[0].source}: AsyPPO's advantages come from its critics.")
+        mask = loss_mask(output)
+        output["token_rewards"] = summed_rewards(found, mask, output["advantages"].dtype, completion_ids)
+        self._log_token_rewards(output["token_rewards"])
+
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
@@ -128,7 +141,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         args, mean = self.args, values.mean(0)
         ends = output["completion_mask"].sum(1)
         truncated = self._is_truncated(output, ends) & args.bootstrap_truncated
-        episodes = Episodes(mean, rewards, mask, ends, truncated)
+        episodes = Episodes(mean, rewards, mask, ends, truncated, output.pop("token_rewards", None))
         advantages = generalized_advantages(episodes, gamma=args.gae_gamma, lam=args.gae_lambda)
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._sum_over_processes)

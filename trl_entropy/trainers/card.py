@@ -11,7 +11,7 @@ SCHEDULE = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high",
 
 def methods_section(args: Any) -> str:
     """Markdown that lists the controls that are on, their settings and their papers."""
-    schedule = ", ".join(f"`{name}={getattr(args, name)}`" for name in SCHEDULE)
+    schedule = ", ".join(f"`{name}={getattr(args, name)}`" for name in SCHEDULE if hasattr(args, name))
     lines = ["## Entropy control", "", "| method | settings | paper |", "|---|---|---|"]
     for control in controls_of(args):
         settings = ", ".join(f"`{name}={value}`" for name, value in control.settings_of(args).items())

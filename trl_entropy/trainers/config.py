@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 from trl import GRPOConfig, GRPOTrainer
 
@@ -23,15 +24,33 @@ from ..controls.stare import STAREFields
 from ..controls.steer import STEERFields
 from ..controls.target_entropy import TargetEntropyFields, serve_target_entropy
 
+if TYPE_CHECKING:
+    from trl import GRPOConfig as Config
+else:
+    Config = object
 
-@dataclass
-class EntropyControls(ERCFields, CEGPPOFields, EPOFields):
-    """The fields of the controls that every loss with a PPO clip takes; all off by default.
+
+class ControlChecks:
+    """What every configuration with fields of controls has.
 
     Raises:
         ValueError: From `check_controls`, if a value is out of its range; the message names the field, its value and
             what to set.
     """
+
+    record_tokens = 0
+
+    @property
+    def recording_enabled(self) -> bool:
+        return self.record_tokens > 0
+
+    @property
+    def loss_is_hidden(self) -> bool:
+        return False
+
+    @property
+    def any_control_enabled(self) -> bool:
+        return bool(controls_of(self))
 
     @property
     def ratio_controls(self) -> str:
@@ -64,13 +83,18 @@ class EntropyControls(ERCFields, CEGPPOFields, EPOFields):
 
     def settings_text(self, control: Control) -> str:
         """The fields of a control that are set, with their values; its name where all have their defaults."""
-        defaults = {field.name: field.default for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
         settings = {name: value for name, value in control.settings_of(self).items() if value != defaults[name]}
         return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or control.name
 
 
 @dataclass
-class EntropyGRPOConfig(
+class EntropyControls(ERCFields, CEGPPOFields, EPOFields, ControlChecks):
+    """The fields of the controls that every loss with a PPO clip takes; all off by default."""
+
+
+@dataclass
+class GRPOControls(
     EntropyControls,
     QAEFields,
     EntropyAdvantageFields,
@@ -85,9 +109,9 @@ class EntropyGRPOConfig(
     KLCovFields,
     PositiveNLLFields,
     TargetEntropyFields,
-    GRPOConfig,
+    Config,
 ):
-    """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
+    """The controls' fields and checks for any configuration of GRPO; all off by default.
 
     Each control's fields are described in its module of `trl_entropy.controls`; `trl-entropy methods` lists them.
 
@@ -105,14 +129,6 @@ class EntropyGRPOConfig(
         default=0,
         metadata={"help": "Tokens of every optimizer step that each process records for the report; 0 is off."},
     )
-
-    @property
-    def any_control_enabled(self) -> bool:
-        return bool(controls_of(self))
-
-    @property
-    def recording_enabled(self) -> bool:
-        return self.record_tokens > 0
 
     @property
     def eps_high(self) -> float:
@@ -146,9 +162,10 @@ class EntropyGRPOConfig(
                 f"to one of {', '.join(control.loss_types)}."
             )
         if level not in control.levels:
+            reason = control.level_reason if level in ("token", "sequence") else "which no control knows"
             raise ValueError(
-                f"{settings} cannot be used with importance_sampling_level={level!r}, {control.level_reason}. Set it "
-                f"to one of {', '.join(control.levels)}."
+                f"{settings} cannot be used with importance_sampling_level={level!r}, {reason}. Set it to one of "
+                f"{', '.join(control.levels)}."
             )
         if control.steers_entropy and getattr(self, "use_adaptive_entropy", False):
             raise ValueError(
@@ -179,3 +196,11 @@ class EntropyGRPOConfig(
                 UserWarning,
                 stacklevel=4,
             )
+
+
+@dataclass
+class EntropyGRPOConfig(GRPOControls, GRPOConfig):
+    """Configuration of [`EntropyGRPOTrainer`]: `trl.GRPOConfig` plus the entropy controls, all off by default.
+
+    `GRPOControls` says what its fields are and what it raises.
+    """

@@ -62,6 +62,15 @@ ATTRIBUTES = (
     "temperature",
 )
 """Attributes of a trainer."""
+OF_GRPO_ALONE = (
+    "_entropy_bonus_enabled",
+    "chat_template",
+    "importance_sampling_level",
+    "num_items_in_batch",
+    "off_policy_mask_threshold",
+    "rollout_func",
+)
+"""Those attributes, and keys of a scored rollout, that `trl.RLOOTrainer` does not have and nothing of it needs."""
 ATTRIBUTES_SINCE = {"eos_token_ids": "1.14"}
 """Those that came with a release of TRL. Before it a turn of an episode ends at the tokenizer's token alone."""
 
@@ -159,9 +168,9 @@ def missing_names(names: Mapping[str, Iterable[str]] = NAMES) -> list[str]:
     return found
 
 
-def missing_methods() -> list[str]:
-    """The methods of `trl.GRPOTrainer`, and arguments of them, that are not there."""
-    return _missing_methods(GRPOTrainer, METHODS)
+def missing_methods(trainer_class: type = GRPOTrainer) -> list[str]:
+    """The methods of `trl.GRPOTrainer` or its like, and arguments of them, that are not there."""
+    return _missing_methods(trainer_class, METHODS)
 
 
 def _missing_methods(trainer: Any, methods: Mapping[str, Iterable[str]]) -> list[str]:
@@ -179,13 +188,13 @@ def missing_words() -> list[str]:
     return [f"{word!r} in {modules[0]}" for word, modules in WORDS.items() if not any(_has(m, word) for m in modules)]
 
 
-def check_installed() -> None:
+def check_installed(trainer_class: type = GRPOTrainer) -> None:
     """Check all that can be checked before a trainer is built, and warn of a TRL that the tests were not run on.
 
     Raises:
         ImportError: Names what is missing, the versions found and those supported.
     """
-    _refuse([*missing_methods(), *missing_names(), *missing_words()])
+    _refuse([*missing_methods(trainer_class), *missing_names(), *missing_words()])
     if Version(trl.__version__).release[:2] > Version(NEWEST).release:
         checked = sum(map(len, NAMES.values())) + len(METHODS) + len(WORDS) + len(ATTRIBUTES)
         warnings.warn(
@@ -197,23 +206,23 @@ def check_installed() -> None:
         )
 
 
-def check_trainer(trainer: Any) -> None:
+def check_trainer(trainer: Any, attributes: Iterable[str] = ATTRIBUTES) -> None:
     """Check a trainer's attributes.
 
     Raises:
         ImportError: As `check_installed`.
     """
     since = [name for name, first in ATTRIBUTES_SINCE.items() if Version(trl.__version__) >= Version(first)]
-    _refuse([f"trainer.{name}" for name in (*ATTRIBUTES, *since) if not hasattr(trainer, name)])
+    _refuse([f"trainer.{name}" for name in (*attributes, *since) if not hasattr(trainer, name)])
 
 
-def check_rollout(output: Mapping[str, Any]) -> None:
+def check_rollout(output: Mapping[str, Any], keys: Iterable[str] = ROLLOUT) -> None:
     """Check a scored rollout's keys.
 
     Raises:
         ImportError: As `check_installed`.
     """
-    _refuse([f"rollout[{name!r}]" for name in ROLLOUT if name not in output])
+    _refuse([f"rollout[{name!r}]" for name in keys if name not in output])
 
 
 def check_async_type(trainer: Any) -> None:

@@ -29,9 +29,12 @@ from ..telemetry.metrics import TokenMeans, turn_entropies
 from ..telemetry.recorder import RecordedMicroBatch, RecorderCallback, TokenRecorder
 from ..vllm_on_cpu import trainable_engines
 from .card import add_methods
-from .config import EntropyGRPOConfig
-from .contact import GRPOContact, LossCall, loss_mask
+from .config import ControlChecks, EntropyGRPOConfig
+from .contact import GRPOContact, GRPOLoss
 from .dropout import warn_of_dropout
+from .loss_call import LossCall, loss_mask
+from .overrides import check_reach
+from .token_level import TokenValues, check_token_level, credited, summed_rewards
 
 ROWS_PER_REPEAT = 32
 """Of so many rows of a rollout one gets a second forward pass. A rollout costs each row five passes and more (one
@@ -44,23 +47,24 @@ def has_rotary_positions(config: PretrainedConfig) -> bool:
     return any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
 
 
-class EntropyGRPOTrainer(GRPOContact):
-    """`trl.GRPOTrainer` with the controls of `trl_entropy.controls.CONTROLS`; same arguments, methods and files.
+class EntropyControlMixin(GRPOContact):
+    """The controls of `trl_entropy.controls.CONTROLS` for a trainer that comes after this class among the bases.
 
-    With no control set in its [`EntropyGRPOConfig`], training is bit for bit TRL's own. Otherwise PPO-clip decides on
+    With no control set in its configuration, training is bit for bit that trainer's own. Otherwise PPO-clip decides on
     the raw ratio which tokens it would drop, and the controls act on each token in the order of the table, each on
     what the one before left. All of it is a change of the advantages and old log-probs that TRL's loss reads, so every
     TRL option keeps its meaning, and of scalars that are added to the loss.
 
     Checkpoints hold the rollout in use and the position in the data, so a resumed run equals an uninterrupted one.
-    Arguments and errors are those of `trl.GRPOTrainer`; with a plain `trl.GRPOConfig` every control is off.
+    Arguments and errors are those of the trainer; with a configuration without the controls' fields all are off.
     """
-
-    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "trl-entropy"]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self.active = ActiveControls((), {})
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, ControlChecks):
+                check_reach(type(self), argument)
         with trainable_engines():
             super().__init__(*args, **kwargs)
         self.active = ActiveControls.of(self.args)
@@ -71,7 +75,7 @@ class EntropyGRPOTrainer(GRPOContact):
     @property
     def recording(self) -> bool:
         """Whether tokens are recorded."""
-        return isinstance(self.args, EntropyGRPOConfig) and self.args.recording_enabled
+        return isinstance(self.args, ControlChecks) and self.args.recording_enabled
 
     def _make_recorder(self) -> TokenRecorder:
         settings = {name: value for control in CONTROLS for name, value in control.settings_of(self.args).items()}
@@ -96,11 +100,22 @@ class EntropyGRPOTrainer(GRPOContact):
     @property
     def hooks_active(self) -> bool:
         """Whether a control is on, or there are tokens to record or turns of episodes to measure."""
-        if not isinstance(self.args, EntropyGRPOConfig):
+        if not isinstance(self.args, ControlChecks):
             return False
         if self.recording:
             return True
-        return bool(self.active.controls) or (self.rollout_func is not None and not self.args.loss_is_hidden)
+        episodes = getattr(self, "rollout_func", None) is not None
+        return bool(self.active.controls) or (episodes and not self.args.loss_is_hidden)
+
+    @property
+    def must_act(self) -> bool:
+        return self.recording or bool(self.active.controls)
+
+    @property
+    def reads_rollout(self) -> bool:
+        needs = ("old_entropies", "rollout_pass")
+        acts = any(one.on_rollout or one.on_repeat for one in self.active.controls)
+        return acts or self.recording or any(map(self.active.need, needs))
 
     @property
     def wants_old_entropies(self) -> bool:
@@ -122,8 +137,8 @@ class EntropyGRPOTrainer(GRPOContact):
             level=self.importance_sampling_level,
             eps_low=self.epsilon_low,
             eps_high=self.epsilon_high,
-            delta=self.args.delta,
-            constant_ratio=self.args.loss_type == "cispo",
+            delta=getattr(self.args, "delta", None),
+            constant_ratio=self.loss_type == "cispo",
             training=self.mode == "train",
             step=self._step // micro_batches,
             total_steps=max(
@@ -134,6 +149,21 @@ class EntropyGRPOTrainer(GRPOContact):
             group_size=self.num_generations if self.mode == "train" else self.num_generations_eval,
             **({} if per_window is None else {"per_window": per_window}),
         )
+
+    def set_token_level(self, output: dict[str, Any], found: list[TokenValues], completion_ids: list[Any]) -> None:
+        others = " and ".join(control.name for control in self.active.controls if control.sets_advantages)
+        check_token_level(found, self.loss_type, others)
+        mask, advantages = loss_mask(output), output["advantages"]
+        values = summed_rewards(found, mask, advantages.dtype, completion_ids)
+        if found[0].name == "token_rewards":
+            self._log_token_rewards(values)
+            values = credited(advantages, values, mask, self._context())
+        output["advantages"] = values
+
+    def _log_token_rewards(self, rewards: Tensor) -> None:
+        totals = TokenMean(rewards.sum(1), torch.ones_like(rewards[:, 0], dtype=torch.bool)).totals()
+        total, count = self._sum_over_processes(totals)
+        self._metrics[self.mode]["token_rewards"].append((total / count).item())
 
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
         if self.active.controls:
@@ -213,6 +243,7 @@ class EntropyGRPOTrainer(GRPOContact):
         self._keep_off_policy_mask(inputs, batch.tokens.old_logps)
         shaped, metrics = self.active.shape(batch, self._context())
         inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
+        call.shaped = ("advantages", "old_per_token_logps")
         if shaped.frozen is not None:
             call.frozen = shaped.frozen
             self._freeze(call, shaped.frozen)
@@ -298,3 +329,13 @@ class EntropyGRPOTrainer(GRPOContact):
         super().create_model_card(*args, **kwargs)
         if self.active.controls and self.is_world_process_zero():
             add_methods(os.path.join(self.args.output_dir, "README.md"), self.args)
+
+
+class EntropyGRPOTrainer(EntropyControlMixin, GRPOLoss):
+    """`trl.GRPOTrainer` with the entropy controls; same arguments, methods and files.
+
+    [`EntropyControlMixin`] says what they do. With a plain `trl.GRPOConfig` every control is off.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "trl-entropy"]
+    config_class: ClassVar[type] = EntropyGRPOConfig

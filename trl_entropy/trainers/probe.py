@@ -13,8 +13,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from ..telemetry.rounding import Measurement, Pass, Updated
 from .config import EntropyGRPOConfig
-from .contact import REPEAT_PADDING, loss_mask
 from .grpo import EntropyGRPOTrainer
+from .loss_call import loss_mask
+from .rollout_contact import REPEAT_PADDING
 
 ROWS = 16
 """Completions of a probe, at least."""

@@ -10,15 +10,19 @@ import os
 import pickle
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
 from ..files import whole_file
 from .contact_table import check_sampler
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as Trainer
+else:
+    Trainer = object
 
 ROLLOUT_SETTINGS = (
     "per_device_train_batch_size",
@@ -82,8 +86,8 @@ def _setting(settings: Mapping[str, str], name: str) -> str | None:
     return settings.get(name, "False" if name.endswith("_enabled") else None)
 
 
-class ExactResume(GRPOTrainer):
-    """`trl.GRPOTrainer` whose checkpoints also hold the rollout in use and what the controls need."""
+class ExactResume(Trainer):
+    """Before a trainer of TRL that buffers rollouts: checkpoints hold that in use too, and what the controls need."""
 
     _train_sampler: Any = None
     _steps_before: int = 0

@@ -1,0 +1,331 @@
+"""Rewards and advantages of single tokens, from reward functions and from a rollout function."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from tests.conftest import parity_reward
+from tests.processes import on_processes
+from tests.trainers.test_controlled import ColumnTrainer
+from tests.trainers.test_grpo import assert_same_weights, trained, weights
+from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, entropy_controlled
+from trl_entropy.controls import Context
+from trl_entropy.trainers.token_level import TokenValues, credited, summed_rewards
+
+LENGTHS = (4, 2, 3, 4)
+
+
+def numbers(ids: Sequence[int]) -> list[float]:
+    """A number per token that a float32 holds exactly."""
+    return [(one % 8 - 3) / 8 + place / 16 for place, one in enumerate(ids)]
+
+
+def dense(name: str) -> Callable[..., Any]:
+    """A reward function with `parity_reward` for its rewards, and `numbers` of every completion beside them."""
+
+    def graded(completions: list[str], completion_ids: list[list[int]], **kwargs: Any) -> dict[str, Any]:
+        return {"rewards": parity_reward(completions), name: [numbers(ids) for ids in completion_ids]}
+
+    return graded
+
+
+def rolled_out(trainer: Any) -> dict[str, Any]:
+    trainer.model.train()
+    output: dict[str, Any] = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
+    return output
+
+
+def by_hand(output: dict[str, Any]) -> Tensor:
+    """What `numbers` says of the tokens of a rollout, `(B, T)`."""
+    found = torch.zeros(output["completion_ids"].shape)
+    for i, (ids, mask) in enumerate(zip(output["completion_ids"], output["completion_mask"], strict=True)):
+        row = numbers(ids[: int(mask.sum())].tolist())
+        found[i, : len(row)] = torch.tensor(row)
+    return found
+
+
+# --- the formula
+
+
+def random_rewards() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(5) < torch.tensor(LENGTHS * 2).unsqueeze(1)
+    mask[0, 1] = mask[5, 0] = False  # an answer of a tool
+    values = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    return torch.where(mask, values, 0.0), torch.randn(8, generator=generator, dtype=torch.float64), mask
+
+
+def reference_credited(rewards: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Token by token, with groups of four."""
+    found = torch.zeros_like(rewards)
+    totals = [sum(rewards[j, s].item() for s in range(5) if mask[j, s]) for j in range(8)]
+    for i in range(8):
+        group = range(i // 4 * 4, i // 4 * 4 + 4)
+        for t in range(5):
+            to_go = sum(rewards[i, s].item() for s in range(t, 5) if mask[i, s])
+            if mask[i, t]:
+                found[i, t] = advantages[i].item() + to_go - sum(totals[j] for j in group) / 4
+    return found
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_token_is_credited_with_what_follows_it(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    """With four processes every group is spread over two."""
+    rewards, advantages, mask = random_rewards()
+    share = 8 // processes
+
+    def process(rank: int, gather: Any, sum_over_processes: Any) -> Tensor:
+        rows = slice(rank * share, (rank + 1) * share)
+        return credited(advantages[rows], rewards[rows], mask[rows], Context(None, gather=gather, group_size=4))
+
+    found = torch.cat(on_processes(monkeypatch, processes, process))
+    torch.testing.assert_close(found, reference_credited(rewards, advantages, mask), rtol=1e-12, atol=1e-14)
+
+
+def test_rewards_of_several_functions_are_weighted_and_masked() -> None:
+    ids = [list(range(length)) for length in LENGTHS]
+    mask = torch.arange(5) < torch.tensor(LENGTHS).unsqueeze(1)
+    mask[0, 1] = False
+    first = TokenValues("token_rewards", "f", 0.5, [numbers(one) for one in ids])
+    second = TokenValues("token_rewards", "g", 2.0, [None, *([1.0] * len(one) for one in ids[1:])])
+    found = summed_rewards([first, second], mask, torch.float64, ids)
+    for i in range(4):
+        for t in range(5):
+            want = 0.5 * numbers(ids[i])[t] + (2.0 if i else 0.0) if mask[i, t] else 0.0
+            assert found[i, t].item() == want
+
+
+# --- through the trainer
+
+
+@pytest.mark.parametrize("controls", [{}, {"erc_low": 0.95, "erc_high": 1.05}], ids=["none", "erc"])
+def test_token_advantages_are_the_advantages(make_trainer: Callable[..., Any], controls: dict[str, float]) -> None:
+    output = rolled_out(make_trainer(reward_funcs=dense("token_advantages"), **controls))
+    assert torch.equal(output["advantages"], by_hand(output))
+    assert output["advantages"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_token_rewards_are_added_to_the_advantages_of_the_group(
+    make_trainer: Callable[..., Any], tmp_path: Path, scale: str
+) -> None:
+    plain = rolled_out(make_trainer(tmp_path / "plain", scale_rewards=scale))
+    trainer = make_trainer(tmp_path / "dense", scale_rewards=scale, reward_funcs=dense("token_rewards"))
+    output = rolled_out(trainer)
+    assert torch.equal(output["completion_ids"], plain["completion_ids"])
+    rewards, mask = by_hand(output), output["completion_mask"].bool()
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    baseline = to_go[:, 0].view(2, 4).mean(1).repeat_interleave(4)
+    want = torch.where(mask, plain["advantages"].unsqueeze(1) + to_go - baseline.unsqueeze(1), 0.0)
+    torch.testing.assert_close(output["advantages"], want, rtol=0, atol=1e-6)
+    assert trainer._metrics["train"]["token_rewards"] == [pytest.approx(rewards.sum(1).mean().item(), abs=1e-6)]
+
+
+def test_a_reward_at_the_last_token_is_a_reward_of_the_completion(
+    make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    def at_the_end(completions: list[str], completion_ids: list[list[int]], **kwargs: Any) -> dict[str, Any]:
+        rewards = parity_reward(completions)
+        rows = [[0.0] * (len(ids) - 1) + [2.0 * one] for ids, one in zip(completion_ids, rewards, strict=True)]
+        return {"rewards": rewards, "token_rewards": rows}
+
+    def tripled(completions: list[str], **kwargs: Any) -> list[float]:
+        return [3.0 * one for one in parity_reward(completions)]
+
+    outputs = [
+        rolled_out(make_trainer(tmp_path / name, scale_rewards="none", reward_funcs=function))
+        for name, function in (("tokens", at_the_end), ("whole", tripled))
+    ]
+    mask = outputs[0]["completion_mask"].bool()
+    want = outputs[1]["advantages"].unsqueeze(1).expand_as(mask)[mask]
+    torch.testing.assert_close(outputs[0]["advantages"][mask], want, rtol=0, atol=1e-6)
+    assert want.abs().max() > 1.0
+
+
+def test_an_async_function_and_weights(make_trainer: Callable[..., Any]) -> None:
+    async def graded(completions: list[str], completion_ids: list[list[int]], **kwargs: Any) -> dict[str, Any]:
+        return dense("token_rewards")(completions, completion_ids)
+
+    functions = [graded, parity_reward, dense("token_rewards")]
+    trainer = make_trainer(reward_funcs=functions, reward_weights=[0.25, 1.0, 0.5])
+    output = rolled_out(trainer)
+    total = (0.75 * by_hand(output)).sum(1).mean().item()
+    assert trainer._metrics["train"]["token_rewards"] == [pytest.approx(total, abs=1e-6)]
+    assert trainer.reward_funcs == functions
+
+
+def test_a_dict_of_rewards_alone_is_a_list_of_rewards(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
+    def in_a_dict(completions: list[str], **kwargs: Any) -> dict[str, Any]:
+        return {"rewards": parity_reward(completions)}
+
+    plain, given = (
+        trained(make_trainer(tmp_path / name, reward_funcs=function, max_steps=2))
+        for name, function in (("list", parity_reward), ("dict", in_a_dict))
+    )
+    assert_same_weights(weights(plain), weights(given))
+
+
+def rollout(name: str) -> Callable[..., Any]:
+    """A rollout function whose episodes are two turns of the model with an answer between them."""
+
+    def rolls(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+        completions = [[2 + i % 4, 5, 6, 7, 3 + i % 3, 1] for i in range(len(prompts))]
+        return {
+            "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": completions,
+            "logprobs": [[0.0] * 6 for _ in prompts],
+            "env_mask": [[1, 1, 0, 0, 1, 1] for _ in prompts],
+            name: [numbers(ids) for ids in completions],
+        }
+
+    return rolls
+
+
+@pytest.mark.parametrize("name", ["token_rewards", "token_advantages"])
+def test_a_rollout_function_s_field_and_the_answers_of_a_tool(make_trainer: Callable[..., Any], name: str) -> None:
+    output = rolled_out(make_trainer(rollout_func=rollout(name)))
+    written = torch.tensor([1, 1, 0, 0, 1, 1]).bool().expand(8, 6)
+    values = torch.where(written, by_hand(output), 0.0)
+    found = output["advantages"]
+    assert bool((found[~written] == 0.0).all())
+    if name == "token_advantages":
+        assert torch.equal(found, values)
+        return
+    to_go = values.flip(1).cumsum(1).flip(1)
+    # the tokens differ by what they are credited with alone
+    torch.testing.assert_close((found - to_go)[:, 0], (found - to_go)[:, 4], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[:, 0] - found[:, 1], values[:, 0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["token_rewards", "token_advantages"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    make_trainer: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    settings = {"steps_per_generation": 2, "num_iterations": 2, "save_strategy": "steps", "save_steps": 3}
+    settings |= {"reward_funcs": dense(name), "max_steps": 6, "erc_low": 0.95, "erc_high": 1.05}
+    whole = trained(make_trainer(tmp_path / "run", **settings))
+    resumed = make_trainer(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert_same_weights(weights(resumed), weights(whole))
+    plain = trained(make_trainer(tmp_path / "plain", **settings | {"reward_funcs": parity_reward}))
+    assert any(not torch.equal(value, weights(whole)[key]) for key, value in weights(plain).items())
+
+
+def test_critics_learn_from_token_rewards(
+    make_trainer: Callable[..., Any], tmp_path: Path, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With lambda and gamma 1 the critics' targets are what follows each token: the returns."""
+
+    def make(name: str) -> Any:
+        return make_trainer(
+            tmp_path / name,
+            trainer_class=lambda **given: AsyPPOTrainer(critics=tiny_model_path, **given),
+            config_class=AsyPPOConfig,
+            reward_funcs=dense(name),
+            whiten_advantages=False,
+            bootstrap_truncated=False,
+        )
+
+    trainer = make("token_rewards")
+    targets: list[Tensor] = []
+    monkeypatch.setattr(trainer, "train_critics", lambda ids, attention, mask, found: targets.append(found) or {})
+    output = rolled_out(trainer)
+    values = by_hand(output)
+    texts = trainer.processing_class.batch_decode(output["completion_ids"], skip_special_tokens=True)
+    mask = output["completion_mask"].bool()
+    rewards = torch.tensor(parity_reward(texts)).unsqueeze(1)
+    want = torch.where(mask, values.flip(1).cumsum(1).flip(1) + rewards, 0.0)
+    torch.testing.assert_close(targets[0], want, rtol=0, atol=1e-5)
+    assert "token_rewards" not in output
+    with pytest.raises(ValueError, match=r"token_advantages of graded: AsyPPO's advantages come from its critics"):
+        rolled_out(make("token_advantages"))
+
+
+# --- what is refused
+
+
+def returning(**fields: Any) -> Callable[..., Any]:
+    def graded(completions: list[str], completion_ids: list[list[int]], **kwargs: Any) -> dict[str, Any]:
+        return {name: make(completion_ids) for name, make in fields.items()}
+
+    return graded
+
+
+def zeros(ids: list[list[int]]) -> list[Any]:
+    return [[0.0] * len(one) for one in ids]
+
+
+def whole(ids: list[list[int]]) -> list[float]:
+    return [0.0] * len(ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rewards": whole, "token_rewards": lambda ids: [*zeros(ids)[:-1], [0.0] * 9]}, r"completion 7 has . tokens"),
+        (
+            {"rewards": whole, "token_rewards": lambda ids: zeros(ids)[:-1]},
+            r"7 lists for 8 completions; give one each",
+        ),
+        (
+            {"rewards": whole, "token_rewards": lambda ids: [[float("nan")] * len(ids[0]), *zeros(ids)[1:]]},
+            r"token_rewards of graded: nan at token 0 of completion 0 is not finite",
+        ),
+        (
+            {"rewards": whole, "token_advantages": lambda ids: [[float("inf")] * len(ids[0]), *zeros(ids)[1:]]},
+            r"token_advantages of graded: inf at token 0 of completion 0 is not finite",
+        ),
+        (
+            {"rewards": whole, "token_advantages": lambda ids: [None, *zeros(ids)[1:]]},
+            r"tokens and none of its number",
+        ),
+        ({"token_rewards": zeros}, r"graded returned a dict with 'token_rewards': it must have 'rewards'"),
+        ({"rewards": whole, "per_token": zeros}, r"graded returned a dict with 'rewards', 'per_token'"),
+        (
+            {"rewards": whole, "token_rewards": zeros, "token_advantages": zeros},
+            r"token_rewards of graded and token_ad",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused(make_trainer: Callable[..., Any], fields: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        rolled_out(make_trainer(reward_funcs=returning(**fields)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"qae_quantile": 0.4}, r"token_rewards of graded cannot be used with QAE, which sets the advantages"),
+        ({"loss_type": "vespo"}, r"token_rewards of graded cannot be used with loss_type='vespo'.* Set loss_type to"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(make_trainer: Callable[..., Any], settings: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        rolled_out(make_trainer(reward_funcs=dense("token_rewards"), **settings))
+
+
+class PlusTrainer(GRPOTrainer):
+    """Adds to the advantages as if they were one per completion, as TRL's MiniLLM does."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        advantages = inputs["advantages"].unsqueeze(1) + 0.5 * inputs["completion_mask"]
+        return super()._compute_loss(model, {**inputs, "advantages": advantages})
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [(ColumnTrainer, "as if they were one per completion"), (PlusTrainer, r"shape \(8, 8, \d\), and can read \(B,\)")],
+)
+def test_an_override_that_takes_them_for_one_per_completion_is_refused(
+    make_trainer: Callable[..., Any], base: type, said: str
+) -> None:
+    trainer = make_trainer(
+        trainer_class=entropy_controlled(base), config_class=EntropyGRPOConfig, reward_funcs=dense("token_rewards")
+    )
+    with pytest.raises(ValueError, match=said):
+        trainer.train()

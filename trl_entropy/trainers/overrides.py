@@ -1,0 +1,109 @@
+"""What a subclass of a TRL trainer overrides, and whether its override hands on to TRL's own method."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+
+from ..controls import Control, controls_of
+from .config import ControlChecks
+
+
+def _acts_in_the_loss(control: Control) -> bool:
+    """Whether it shapes what TRL's loss reads, or leaves the work to an option of that loss."""
+    return control.shape is not None or control.target_loop is not None
+
+
+def _reads_the_rollout(control: Control) -> bool:
+    return any((control.on_rollout, control.on_repeat, control.needs_old_entropies, control.needs_rollout_pass))
+
+
+LIMITS: dict[str, tuple[Callable[[Control], bool], bool, str]] = {
+    "GMPOTrainer": (
+        _acts_in_the_loss,
+        False,
+        "whose loss takes one advantage and one ratio per completion and has no entropy bonus",
+    ),
+    "GRPOWithReplayBufferTrainer": (
+        _reads_the_rollout,
+        True,
+        "which puts completions of earlier rollouts among the new ones, without their rewards and entropies",
+    ),
+}
+"""Trainers of TRL that not every control can act in: which cannot, whether the record of tokens cannot, and why."""
+
+
+def check_reach(trainer_class: type, config: ControlChecks) -> None:
+    """Refuse the controls that cannot act in a trainer.
+
+    Raises:
+        ValueError: Names the settings, the trainer and the reason.
+    """
+    own = own_loss(trainer_class)
+    for cls in trainer_class.__mro__:
+        if cls.__name__ in LIMITS and cls.__module__.startswith("trl."):
+            refused, recording, reason = LIMITS[cls.__name__]
+            for control in filter(refused, controls_of(config)):
+                _refuse(config.settings_text(control), f"{cls.__name__}, {reason}")
+            if recording and config.recording_enabled:
+                _refuse(f"record_tokens={config.record_tokens}", f"{cls.__name__}, {reason}")
+    for control in controls_of(config) if own else ():
+        if control.target_loop is not None and control.shape is None and control.loss is None:
+            _refuse(config.settings_text(control), f"{own}, which takes the place of TRL's entropy bonus")
+    if own and config.recording_enabled:
+        warnings.warn(
+            f"record_tokens={config.record_tokens}: the recorded weight of a token is that in TRL's loss, which {own} "
+            "takes the place of.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _refuse(settings: str, where: str) -> None:
+    raise ValueError(f"{settings} cannot be used with {where}. Leave it out, or use another trainer.")
+
+
+def own_loss(trainer_class: type) -> str | None:
+    """The method of a subclass that takes the place of TRL's loss, as `Class.method`; `None` for none."""
+    return own_method(trainer_class, "_compute_loss") or own_method(trainer_class, "compute_loss", "_compute_loss")
+
+
+def overrides(trainer_class: type, name: str) -> Iterator[tuple[str, Any]]:
+    """The methods of this name that stand before TRL's own, outermost first, each as `Class.method` with its function.
+
+    Those of this package, which all hand on, are left out.
+    """
+    for cls in trainer_class.__mro__:
+        if cls.__module__.startswith(("trl.trainer.", "transformers.")):
+            return
+        if name in vars(cls) and cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            yield f"{cls.__name__}.{name}", vars(cls)[name]
+
+
+def own_method(trainer_class: type, name: str, *onward: str) -> str | None:
+    """The override that takes the place of TRL's method, as `Class.method`; `None` where all hand on to it.
+
+    A method hands on where its code names itself, as `super().name(...)` does, or one of the methods `onward`.
+    """
+    found = overrides(trainer_class, name)
+    return next((where for where, method in found if not _names(method, {name, *onward})), None)
+
+
+def described(trainer_class: type, *names: str) -> str | None:
+    """The overrides of these methods, in words; `None` for none."""
+    found = [where for name in names for where, _ in overrides(trainer_class, name)]
+    return " and ".join(found) or None
+
+
+def _names(method: Any, names: set[str]) -> bool:
+    """Whether the code of a method has one of these names; True where there is no code to read."""
+    code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+    return code is None or any(names & set(each.co_names) for each in _codes(code))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
