@@ -217,7 +217,9 @@ def check_python(code: str) -> None:
 
 
 def parameters(kind: Any) -> set[str]:
-    """What a class takes by name, of itself or of what it hands its arguments on to."""
+    """What a function takes by name, or a class, of itself or of what it hands its arguments on to."""
+    if not isinstance(kind, type):
+        return set(inspect.signature(kind).parameters)
     return {name for one in kind.__mro__ for name in inspect.signature(one.__init__).parameters}
 
 

@@ -10,7 +10,7 @@ import pytest
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.tasks.test_multi_turn_training import multi_turn_trainer
-from trl_entropy import AsyPPOConfig, AsyPPOTrainer
+from trl_entropy import AsyPPOConfig, AsyPPOTrainer, trainers
 from trl_entropy.commands.methods import acts, defaults, excluded, main, metrics_table
 from trl_entropy.controls import CONTROLS, Control
 
@@ -59,6 +59,18 @@ def test_it_lists_all_or_those_named(capsys: pytest.CaptureFixture[str]) -> None
     assert "EPO" not in some
     main(["--markdown"])
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(CONTROLS)
+
+
+def test_the_table_of_the_trainers_is_that_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--trainers"])
+    page = Path(trainers.__file__).with_name("README.md").read_text(encoding="utf-8")
+    table = capsys.readouterr().out
+    assert page.partition("<!-- trainers -->\n")[2].partition("<!-- end -->")[0] == table
+    cells = {row.split(" | ")[0].strip("| "): row for row in table.splitlines() if row.startswith("| ")}
+    assert cells["ERC"] == "| ERC | yes | yes | yes | - | yes |"
+    assert cells["EPO"] == "| EPO | yes | yes | yes | yes | yes |"
+    assert cells["QAE"] == "| QAE | yes | - | - | yes | - |"
+    assert cells["AsyPPO"] == "| AsyPPO | - | yes | yes | - | - |"
 
 
 def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`trl-entropy methods [NAME ...] [--markdown | --metrics]`: the controls, from the rows of their table."""
+"""`trl-entropy methods [NAME ...] [--markdown | --metrics | --trainers]`: the controls, from their table."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -6,10 +6,12 @@ from dataclasses import fields
 from textwrap import indent, wrap
 from typing import Any
 
-from trl_entropy import AsyPPOConfig
+from trl_entropy import AsyPPOConfig, EntropyRLOOConfig
 from trl_entropy.controls import CONTROLS, Control
 from trl_entropy.telemetry import staleness
-from trl_entropy.trainers.config import EntropyGRPOConfig
+from trl_entropy.trainers.async_config import SUPPORTED as ASYNC_CONTROLS
+from trl_entropy.trainers.config import EntropyControls, EntropyGRPOConfig
+from trl_entropy.trainers.overrides import LIMITS
 
 WIDTH = 100
 OTHER_METRICS = (
@@ -45,6 +47,12 @@ OTHER_METRICS = (
         "falls as success rises, at the limit the policy wanders",
     ),
     ("episode/discarded_fraction", "share of episodes", "dropped because their simulator crashed", "0"),
+    (
+        "token_rewards",
+        "reward",
+        "mean total of a completion's token rewards; only where a function gives them",
+        "rises",
+    ),
     ("reward", "reward", "mean total reward of the rollout (TRL)", "rises"),
     (
         "entropy",
@@ -55,6 +63,23 @@ OTHER_METRICS = (
     ("grad_norm", "-", "norm of the gradient before clipping (TRL)", "stays in one band"),
 )
 """Metrics that no control logs."""
+
+
+GRPO = "EntropyGRPOTrainer, entropy_controlled(MyGRPOTrainer)"
+TRAINERS: dict[str, frozenset[str]] = {
+    GRPO: frozenset(one.prefix for one in CONTROLS if one.known_to(EntropyGRPOConfig)),
+    "AsyPPOTrainer": frozenset(
+        one.prefix for one in CONTROLS if one.known_to(AsyPPOConfig) and not one.sets_advantages
+    ),
+    "EntropyPPOTrainer": frozenset(
+        one.prefix for one in CONTROLS if one.known_to(EntropyControls) or one.comes_with_critics
+    ),
+    "EntropyRLOOTrainer, entropy_controlled(MyRLOOTrainer)": frozenset(
+        one.prefix for one in CONTROLS if one.known_to(EntropyRLOOConfig)
+    ),
+    "EntropyAsyncGRPOTrainer": ASYNC_CONTROLS,
+}
+"""Prefixes of the controls of every trainer, by its names."""
 
 
 def excluded(control: Control) -> list[str]:
@@ -152,6 +177,21 @@ def _switched_on_by(control: Control) -> str:
     return control.switch or f"`{control.fields[0]}`"
 
 
+def trainers_table() -> str:
+    """Which trainer has which control, in Markdown, and the subclasses of TRL in which not every control can act."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for control in CONTROLS:
+            yield control.name, *("yes" if control.prefix in known else "-" for known in TRAINERS.values())
+
+    lines = [markdown(("control", *map(_code, TRAINERS)), rows()), ""]
+    for name, (refused, records, reason) in LIMITS.items():
+        left_out = [one.name for one in CONTROLS if one.prefix in TRAINERS[GRPO] and refused(one)]
+        left_out += ["the record of tokens"] if records else []
+        lines.append(f"- `{name}`, {reason}: without {', '.join(left_out)}.")
+    return "\n".join(lines)
+
+
 def _code(names: str) -> str:
     return ", ".join(f"`{name}`" for name in names.split(", "))
 
@@ -173,12 +213,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these, by name or prefix of fields")
     parser.add_argument("--markdown", action="store_true", help="as a table of Markdown")
     parser.add_argument("--metrics", action="store_true", help="the metrics instead, as a table of Markdown")
+    parser.add_argument("--trainers", action="store_true", help="which trainer has which, as a table of Markdown")
     arguments = parser.parse_args(argv)
     known = {key.lower(): control for control in CONTROLS for key in (control.name, control.prefix)}
     if unknown := [name for name in arguments.names if name.lower() not in known]:
         names = ", ".join(control.name for control in CONTROLS)
         raise SystemExit(f"trl-entropy methods: error: {unknown[0]!r} is unknown. Choose from {names}.")
-    if arguments.metrics:
+    if arguments.trainers:
+        print(trainers_table())
+    elif arguments.metrics:
         print(metrics_table())
     elif arguments.markdown:
         print(methods_table())
