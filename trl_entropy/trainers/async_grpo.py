@@ -106,8 +106,8 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
         if kind in SHARDED:
             raise ValueError(
                 f"erc_low={self.args.erc_low} needs the entropies of earlier weights, which are put in the place of "
-                "the current ones for a forward pass; gathered copies of sharded weights would not follow, and these are "
-                f"sharded ({kind.value}). Leave ERC out, or train without sharding."
+                "the current ones for a forward pass; gathered copies of sharded weights would not follow, and these "
+                f"are sharded ({kind.value}). Leave ERC out, or train without sharding."
             )
 
     def _make_recorder(self) -> TokenRecorder:
