@@ -3,10 +3,7 @@
 import errno
 import json
 import os
-import random
 import resource
-import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.killing import killed_at_random
 from trl_entropy.files import is_full, restore_folder, whole_file, whole_folder, write_json, write_text
 
 
@@ -188,14 +186,5 @@ def test_other_errors_are_no_full_disk(tmp_path: Path) -> None:
 def test_killed_at_any_moment_a_file_is_one_of_the_two(old: Path) -> None:
     contents = [letter * 200_000 for letter in "ab"]
     write_text(old, contents[0])
-    moments = random.Random(0)
-    for _ in range(20):
-        child = os.fork()
-        if child == 0:
-            while True:
-                for content in contents:
-                    write_text(old, content)
-        time.sleep(moments.uniform(0.0, 0.02))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    for _ in killed_at_random(lambda: [write_text(old, content) for content in contents], kills=20, longest=0.02):
         assert old.read_text(encoding="utf-8") in contents

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import pretrained_worker
+from tests.killing import killed_at_random
 from trl_entropy import pretrained
 from trl_entropy.pretrained import SMOLLM2, resolve_model
 
@@ -117,6 +118,16 @@ def test_killed_in_the_middle(tmp_path: Path, cache: Path, source: Path, convers
     resolve_model(SMOLLM2)
     assert len(conversions) == 1
     assert_whole(cache)
+
+
+def test_killed_at_random_moments_it_is_made_anew(cache: Path, conversions: list[Path]) -> None:
+    def make_anew() -> None:
+        (cache / SMOLLM2 / "tokenizer.json").unlink(missing_ok=True)
+        resolve_model(SMOLLM2)
+
+    for _ in killed_at_random(make_anew, kills=6, longest=0.1):
+        resolve_model(SMOLLM2)
+        assert_whole(cache)
 
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])

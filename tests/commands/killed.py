@@ -12,13 +12,19 @@ import signal
 import sys
 import time
 from importlib import import_module
+from pathlib import Path
 
+import pytest
+
+from tests.commands.small_quickstart import make_small
 from trl_entropy.commands.cli import COMMANDS
 
 
 def main() -> None:
     command, output, seed, kills, *argv = sys.argv[1:]
     module = import_module(COMMANDS[command][0])
+    if command == "quickstart":
+        make_small(pytest.MonkeyPatch(), Path("quickstart.yaml"))
 
     def start(name: str) -> int:
         child = os.fork()

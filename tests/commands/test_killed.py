@@ -60,6 +60,12 @@ def report(recipe: WriteRecipe, tiny_model_path: str) -> list[str]:
     return ["run", "--output", "{}/report.html"]
 
 
+def quickstart(recipe: WriteRecipe, tiny_model_path: str) -> list[str]:
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    recipe()
+    return ["--output_dir", "{}", "--arms", "ppo-clip,erc"]
+
+
 def same_training(whole: Path, killed: Path) -> None:
     for file in ("model.safetensors", *(f"critics/critic_{index}/model.safetensors" for index in range(2))):
         expected, found = load_file(whole / file), load_file(killed / file)
@@ -80,10 +86,21 @@ def same_page(whole: Path, killed: Path) -> None:
         assert page.read_bytes() == (killed / page.relative_to(whole)).read_bytes(), page
 
 
+def same_arms(whole: Path, killed: Path) -> None:
+    expected, found = (json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in (whole, killed))
+    for results in (expected, found):
+        assert all(arm.pop("seconds") > 0 for arm in results["arms"].values())
+    assert found == expected
+    for file in ("policy/model.safetensors", "ppo-clip/model.safetensors", "erc/model.safetensors"):
+        assert (whole / file).read_bytes() == (killed / file).read_bytes(), file
+    assert (killed / "report.html").exists()
+
+
 COMMANDS: dict[str, tuple[Callable[[WriteRecipe, str], list[str]], Callable[[Path, Path], None]]] = {
     "train": (train, same_training),
     "eval": (evaluate, same_evaluation),
     "report": (report, same_page),
+    "quickstart": (quickstart, same_arms),
 }
 """Its arguments, and what must be the same in the end."""
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.commands.small_quickstart import make_small
 from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
 from trl_entropy import pretrained as pretrained_module
 from trl_entropy.commands import quickstart
@@ -24,26 +25,12 @@ pytest.importorskip("matplotlib")
 ARMS = ["ppo-clip", "ce-gppo+erc", "asyppo"]
 
 
-def digit_reward(completions: list[str], **columns: object) -> list[float | None]:
-    """1 for a completion that begins with a digit, which a random policy does now and then."""
-    return [float(completion[:1].isdigit()) for completion in completions]
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A recipe of two small steps, 64 held-out problems, a reward that the random policy gets, and that policy."""
-    recipe = yaml.safe_load(recipe_path("quickstart").read_text(encoding="utf-8"))
-    recipe |= {"per_device_train_batch_size": 16, "steps_per_generation": 2, "logging_steps": 1, "max_steps": 2}
-    file = tmp_path_factory.mktemp("recipe") / "quickstart.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    load, threads = arithmetic.load, torch.get_num_threads()
-    task = arithmetic.Task(
-        "arithmetic", lambda split, **task_args: load(split, 64, **task_args), (digit_reward,), arithmetic.build_policy
-    )
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "recipe_path", lambda name: file)
-        patch.setattr(arithmetic, "TASK", task)
-        patch.setattr(arithmetic, "WARM_UP_ACCURACY", 0.0)
+        make_small(patch, tmp_path_factory.mktemp("recipe") / "quickstart.yaml")
         yield patch
     torch.set_num_threads(threads)
 

@@ -12,6 +12,7 @@ from peft import AutoPeftModelForTokenClassification, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
+from tests.killing import killed_at_random
 from trl_entropy.critics import CriticEnsemble, state_values
 
 ROWS, SHARDED = torch.arange(8), [4, 4]
@@ -153,3 +154,17 @@ def test_killed_save_leaves_the_former_one(make_critic, tiny_model_path, tmp_pat
         assert_same(states(former), states(again))
         again.save(folder)
         assert [path.name for path in folder.parent.iterdir()] == ["critics"]
+
+
+def test_killed_at_random_moments_one_of_the_saves_is_there(make_critic, tmp_path):
+    folder = tmp_path / "critics"
+    groups = [ensemble(make_critic, seed=seed) for seed in (0, 1)]
+    saved = [[critic["score.weight"] for critic in states(group)] for group in groups]
+    groups[0].save(folder)
+    for _ in killed_at_random(lambda: [group.save(folder) for group in groups], kills=4, longest=0.5):
+        again = ensemble(make_critic, seed=2)
+        again.load(folder)
+        found = [critic["score.weight"] for critic in states(again)]
+        assert any(all(map(torch.equal, found, weights)) for weights in saved)
+    groups[0].save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["critics"]

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from tests.killing import killed_at_random
 from tests.trainers.test_grpo import ALL_CONTROLS, assert_same_weights, logged, weights
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer
 from trl_entropy.controls import TokenMean
@@ -403,6 +404,29 @@ def test_full_files_follow_each_other(make_recorder: Any, tmp_path: Path, monkey
     # a step is never split over two files, whose names would be the same
     assert len(list((tmp_path / "tokens").iterdir())) == 3
     assert [record.column("step").tolist().count(step) for step in (1, 2, 3)] == [12, 12, 12]
+
+
+def test_killed_at_random_moments_it_has_every_step_that_it_wrote(make_recorder: Any, tmp_path: Path) -> None:
+    def last_step() -> int:
+        record = read_record(tmp_path)
+        return int(record.column("step").max()) if record else 0
+
+    def go_on() -> None:
+        step = last_step()
+        recorder = make_recorder(schedule=Schedule(1, 1, 10_000), step=step)
+        while True:
+            step += 1
+            recorder.add(make_micro_batch(step=step, micro_step=step - 1))
+            recorder.flush()
+
+    reached = [last_step() for _ in killed_at_random(go_on, kills=4, longest=0.5)]
+    record = read_record(tmp_path)
+    assert record is not None
+    assert reached == sorted(reached)
+    recorder = make_recorder(schedule=Schedule(1, 1, 10_000))
+    for step in range(1, reached[-1] + 1):
+        recorder.add(make_micro_batch(step=step, micro_step=step - 1))
+    assert written(recorder, tmp_path).table.equals(record.table)
 
 
 @pytest.mark.parametrize("max_steps", [10, 5_000, 123_457])

@@ -1,0 +1,31 @@
+"""Forks of the test's process that are killed with SIGKILL at random moments."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+
+def killed_at_random(work: Callable[[], object], kills: int, longest: float, seed: int = 0) -> Iterator[None]:
+    """Yield after each of so many forks, in which `work` was done again and again until it was killed.
+
+    Args:
+        work: What a fork does; nothing that starts threads.
+        kills: How many forks.
+        longest: The latest moment of a kill, seconds.
+        seed: Seeds the moments.
+    """
+    moments = random.Random(seed)
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    work()
+            finally:
+                os._exit(1)
+        time.sleep(moments.uniform(0.0, longest))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the fork failed before it could be killed"
+        yield
