@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from trl.experimental.ppo.ppo_trainer import (
-    INVALID_LOGPROB,
-    forward,
-)
+from trl.experimental.ppo import PPOTrainer
+from trl.experimental.ppo.ppo_trainer import INVALID_LOGPROB, forward
 from trl.experimental.utils import empty_cache
 from trl.trainer.utils import selective_log_softmax
 
 from ..controls import PolicyTokens
+from .contact import check_ppo_trainer, check_ppo_type
 from .loss import policy_loss, policy_statistics, token_entropies, value_loss
 from .rollouts import PPORollouts
 
@@ -57,8 +56,10 @@ class PPOLoop(PPORollouts):
     is_distributed_loading_by_transformers = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_ppo_type(PPOTrainer)
         self._statistics: dict[str, list[Tensor]] = defaultdict(list)
         super().__init__(*args, **kwargs)
+        check_ppo_trainer(self)
 
     @property
     def wants_entropy_gradients(self) -> bool:

@@ -111,7 +111,11 @@ WORDS: dict[str, tuple[str, ...]] = {
     "sampling_per_token_logps": ("trl.trainer.grpo_trainer",),
     "tool_mask": ("trl.trainer.grpo_trainer",),
     "current_gradient_accumulation_steps": ("transformers.trainer", "trl.trainer.grpo_trainer"),
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("transformers.distributed.fsdp", "transformers.modeling_utils"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "transformers.distributed.fsdp",
+        "transformers.modeling_utils",
+        "transformers.integrations.fsdp",
+    ),
 }
 """What only some rollouts, steps or launches have, so that no attribute shows it: keys, an attribute, an environment
 variable. The source of one of the modules must have the word."""
@@ -168,12 +172,8 @@ def missing_names(names: Mapping[str, Iterable[str]] = NAMES) -> list[str]:
     return found
 
 
-def missing_methods(trainer_class: type = GRPOTrainer) -> list[str]:
-    """The methods of `trl.GRPOTrainer` or its like, and arguments of them, that are not there."""
-    return _missing_methods(trainer_class, METHODS)
-
-
-def _missing_methods(trainer: Any, methods: Mapping[str, Iterable[str]]) -> list[str]:
+def missing_methods(trainer: type = GRPOTrainer, methods: Mapping[str, Iterable[str]] = METHODS) -> list[str]:
+    """The methods of a trainer of TRL's, and arguments of them, that are not there."""
     of = trainer.__name__
     found = [f"{of}.{name}" for name in methods if not callable(getattr(trainer, name, None))]
     for name, arguments in methods.items():
@@ -194,7 +194,7 @@ def check_installed(trainer_class: type = GRPOTrainer) -> None:
     Raises:
         ImportError: Names what is missing, the versions found and those supported.
     """
-    _refuse([*missing_methods(trainer_class), *missing_names(), *missing_words()])
+    refuse([*missing_methods(trainer_class), *missing_names(), *missing_words()])
     if Version(trl.__version__).release[:2] > Version(NEWEST).release:
         checked = sum(map(len, NAMES.values())) + len(METHODS) + len(WORDS) + len(ATTRIBUTES)
         warnings.warn(
@@ -213,7 +213,7 @@ def check_trainer(trainer: Any, attributes: Iterable[str] = ATTRIBUTES) -> None:
         ImportError: As `check_installed`.
     """
     since = [name for name, first in ATTRIBUTES_SINCE.items() if Version(trl.__version__) >= Version(first)]
-    _refuse([f"trainer.{name}" for name in (*attributes, *since) if not hasattr(trainer, name)])
+    refuse([f"trainer.{name}" for name in (*attributes, *since) if not hasattr(trainer, name)])
 
 
 def check_rollout(output: Mapping[str, Any], keys: Iterable[str] = ROLLOUT) -> None:
@@ -222,7 +222,7 @@ def check_rollout(output: Mapping[str, Any], keys: Iterable[str] = ROLLOUT) -> N
     Raises:
         ImportError: As `check_installed`.
     """
-    _refuse([f"rollout[{name!r}]" for name in keys if name not in output])
+    refuse([f"rollout[{name!r}]" for name in keys if name not in output])
 
 
 def check_async_type(trainer: Any) -> None:
@@ -232,7 +232,7 @@ def check_async_type(trainer: Any) -> None:
         ImportError: As `check_installed`.
     """
     keys = [f"{trainer.__name__}'s {key!r}" for key in ASYNC_BATCH if not _has(trainer.__module__, key)]
-    _refuse([*_missing_methods(trainer, ASYNC_METHODS), *keys])
+    refuse([*missing_methods(trainer, ASYNC_METHODS), *keys])
 
 
 def check_async_trainer(trainer: Any) -> None:
@@ -241,7 +241,7 @@ def check_async_trainer(trainer: Any) -> None:
     Raises:
         ImportError: As `check_installed`.
     """
-    _refuse([f"trainer.{name}" for name in ASYNC_ATTRIBUTES if not hasattr(trainer, name)])
+    refuse([f"trainer.{name}" for name in ASYNC_ATTRIBUTES if not hasattr(trainer, name)])
 
 
 def check_async_batch(inputs: Mapping[str, Any]) -> None:
@@ -250,7 +250,7 @@ def check_async_batch(inputs: Mapping[str, Any]) -> None:
     Raises:
         ImportError: As `check_installed`.
     """
-    _refuse([f"micro-batch[{name!r}]" for name in ASYNC_BATCH if name not in inputs])
+    refuse([f"micro-batch[{name!r}]" for name in ASYNC_BATCH if name not in inputs])
 
 
 def check_sampler(sampler: Any) -> None:
@@ -260,7 +260,7 @@ def check_sampler(sampler: Any) -> None:
         ImportError: As `check_installed`.
     """
     if getattr(sampler, "shuffle", False):
-        _refuse([f"{type(sampler).__name__}.{name}" for name in SAMPLER if not hasattr(sampler, name)])
+        refuse([f"{type(sampler).__name__}.{name}" for name in SAMPLER if not hasattr(sampler, name)])
 
 
 def check_vllm() -> None:
@@ -269,7 +269,7 @@ def check_vllm() -> None:
     Raises:
         ImportError: As `check_installed`.
     """
-    _refuse(missing_names(VLLM_NAMES), "vllm")
+    refuse(missing_names(VLLM_NAMES), "vllm")
 
 
 def _has(module_name: str, word: str) -> bool:
@@ -279,10 +279,21 @@ def _has(module_name: str, word: str) -> bool:
         return False
 
 
-def _refuse(missing: list[str], *packages: str) -> None:
+def refuse(missing: list[str], *packages: str, newest: str = NEWEST) -> None:
+    """Raise an error that names what is missing, if anything is.
+
+    Args:
+        missing: Names.
+        packages: Whose versions to say; TRL's, transformers' and PEFT's if none.
+        newest: The newest TRL that has them.
+
+    Raises:
+        ImportError: Says what is missing, the versions found and those supported.
+    """
     if missing:
         found = ", ".join(f"{name} {version(name)}" for name in packages or ("trl", "transformers", "peft"))
+        supported = OLDEST if newest == OLDEST else f"{OLDEST} to {newest}"
         raise ImportError(
             f"trl_entropy builds on names that are not there: {', '.join(missing)} (found: {found}). Supported: TRL "
-            f"{OLDEST} to {NEWEST} with what it requires: pip install 'trl=={NEWEST}.*'"
+            f"{supported} with what it requires: pip install 'trl=={newest}.*'"
         )
