@@ -81,9 +81,9 @@ class FieldParser(TrlParser):
                 )
         return super().set_defaults_with_config(**values)
 
-    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> Any:
+    def parse_args_into_dataclasses(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
         self.check(vars(self.parse_known_args(args)[0]))
-        return super().parse_args_into_dataclasses(args=args, **kwargs)
+        return super().parse_args_into_dataclasses(args, *more, **kwargs)
 
     def check(self, values: dict[str, Any]) -> None:
         """Refuse values before the dataclasses are built of them."""
