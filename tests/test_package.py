@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trl
+from packaging.version import Version
 
 import trl_entropy
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
@@ -45,6 +46,18 @@ def test_what_is_imported_is_required() -> None:
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"trl_entropy", "vllm"}
     assert packages - of_an_extra <= required
+
+
+def test_the_floors_are_what_is_tested() -> None:
+    """`.ci/floors.txt` has the oldest of every requirement, or says why it cannot."""
+    text = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    required = dict(re.findall(r'^    "([\w.-]+)>=([\d.]+)",$', text.partition("dependencies = [")[2], re.MULTILINE))
+    lines = (ROOT.parent / ".ci/floors.txt").read_text(encoding="utf-8").lower().replace("_", "-").splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    for name, floor in required.items():
+        pin, _, reason = pins[name.replace("_", "-")].partition("  # ")
+        assert Version(pin) == Version(floor) or (reason and Version(pin) > Version(floor)), name
+    assert len(required) == 17
 
 
 def test_public_names() -> None:
