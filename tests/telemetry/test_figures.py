@@ -162,7 +162,7 @@ def test_guide_is_dotted_in_the_colour_of_its_run(tmp_path: Path, axes_of: AxesO
     runs = [
         LoggedRun(name, [{"step": 1, "entropic/entropy": 0.5, "entropic/set_point": 0.3}]) for name in ("one", "two")
     ]
-    axis, _ = axes_of(loop, runs)
+    (axis,) = axes_of(loop, runs)
     dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
     assert [list(line.get_ydata()) for line in dotted] == [[0.3], [0.3]]
     assert [line.get_color() for line in dotted] == list(figures.COLOURS[:2])
@@ -199,9 +199,11 @@ def test_nothing_is_drawn_without_the_metric(tmp_path: Path) -> None:
 
 def test_panels_are_drawn_below_each_other(axes_of: AxesOf) -> None:
     two = Figure("two", "Two", (Panel("upper", ("reward",)), Panel("lower", ("entropy",))), "Healthy: both.")
-    upper, lower = axes_of(two, [run("one", 0.1, 0.2)])
+    upper, lower = axes_of(two, [run("one", 0.1, 0.2), LoggedRun("two", [{"step": 1, "entropy": 0.5}])])
     assert (upper.get_ylabel(), lower.get_ylabel()) == ("upper", "lower")
     assert upper.get_position().y0 > lower.get_position().y0
+    (alone,) = axes_of(two, [run("one", 0.1, 0.2)])
+    assert alone.get_ylabel() == "upper"
 
 
 def test_every_figure_says_what_is_healthy() -> None:
