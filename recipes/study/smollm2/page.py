@@ -258,6 +258,8 @@ def curves_figure(results: Results) -> None:
     reward.set(xlabel="rollout", ylabel="reward")
     entropy.set(xlabel="rollout", ylabel="entropy of the rollout (nats)")
     passes.set(xlabel="k", ylabel="pass@k, held out", xscale="log")
+    passes.set_xticks(PASS_AT, PASS_AT)
+    passes.minorticks_off()
     reward.legend(title="arm (seeds)", fontsize=8)
     passes.legend()
     _save(figure, "curves")
