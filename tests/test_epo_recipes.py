@@ -99,6 +99,18 @@ def test_decay_over_turns_by_hand(study):
     assert entropies.grad.tolist() == [[2, 2, 0, 1, 0, 0], [2, 2, 0, 0, 0, 0]]
 
 
+def test_decaying_arm_of_single_turns_has_twice_the_bonus(study, make_trainer, tmp_path: Path):
+    def weights(name: str, decaying: bool, **settings: float):
+        trainer = make_trainer(tmp_path / name, trainer_class=study.RecordingTrainer, epo_penalty=0.5, **settings)
+        trainer.decaying = decaying
+        trainer.train()
+        return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+    decaying = weights("decaying", True, epo_coef=0.5, max_steps=5)
+    assert torch.allclose(decaying, weights("twice", False, epo_coef=1.0, max_steps=5), atol=1e-6)
+    assert not torch.allclose(decaying, weights("plain", False, epo_coef=0.5, max_steps=5), atol=1e-4)
+
+
 def test_study_page_has_the_tables_of_its_results(study):
     results = json.loads(study.RESULTS.read_text(encoding="utf-8"))
     page = study.SECTION.read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,11 @@ class RecordingTrainer(EntropyGRPOTrainer):
         self.rollouts: list[dict[str, Any]] = []
         self.decaying = False
 
-    def _epo_loss(self, call: LossCall) -> Tensor:
+    def added_loss(self, call: LossCall) -> Tensor | None:
         if self.decaying:
-            call.entropies = call.bonus_entropies = decay_over_turns(call.entropies, call.mask)
-        return super()._epo_loss(call)
+            call.bonus_entropies = decay_over_turns(call.entropies, call.mask)
+            call.batch = replace(call.batch, entropies=call.bonus_entropies)
+        return super().added_loss(call)
 
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
         super().on_rollout(output, rewards)
