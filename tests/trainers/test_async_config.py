@@ -28,7 +28,7 @@ def test_what_it_cannot_do_is_refused(make_async: Callable[..., Any], prefix: st
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"epo_coef": 0.1, "max_steps": -1}, "epo_schedule='decay'.*max_steps=-1. Set max_steps"),
+        ({"epo_coef": 0.1, "max_steps": -1}, "epo_schedule='decay'.*by max_steps alone, which is -1. Set max_steps"),
         ({"par_schedule": "stage", "max_steps": -1}, "par_schedule='stage'.*Set max_steps"),
         ({"par_schedule": "epoch", "max_steps": -1, "num_train_epochs": 2}, "par_schedule='epoch'.*Set max_steps"),
         ({"record_tokens": -1}, "record_tokens=-1 must be at least 0"),
