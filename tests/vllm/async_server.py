@@ -8,14 +8,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tests.conftest import ASCII, character_tokenizer, parity_reward
+from tests.conftest import ASCII, character_tokenizer
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
-def reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """`parity_reward` of conversations; in a module of its own, as the process of the rollouts imports it."""
-    return parity_reward([messages[-1]["content"] for messages in completions])
+def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """1.0 where the first token is odd, else 0.0; in a module of its own, as the process of the rollouts imports it.
+
+    Of the tokens: without any marks, the text that TRL reads from an answer begins with the prompt.
+    """
+    return [float(ids[0] % 2) for ids in completion_ids]
 
 
 def conversational_tokenizer() -> PreTrainedTokenizerFast:

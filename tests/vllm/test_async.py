@@ -25,6 +25,7 @@ TRAINING = {
     "save_strategy": "no",
     "max_steps": UPDATES,
     "learning_rate": 0.01,
+    "epsilon": 0.05,  # some tokens are to leave the range
     "per_device_train_batch_size": 8,
     "num_generations": 4,
     "max_completion_length": 8,
