@@ -120,6 +120,14 @@ def test_killed_in_the_middle(tmp_path: Path, cache: Path, source: Path, convers
     assert_whole(cache)
 
 
+def test_what_a_process_leaves_that_is_killed_at_its_very_end_is_deleted(cache: Path, conversions: list[Path]) -> None:
+    resolve_model(SMOLLM2)
+    shutil.copytree(cache / SMOLLM2, cache / f"{SMOLLM2}.old")
+    resolve_model(SMOLLM2)
+    assert_whole(cache)
+    assert len(conversions) == 1
+
+
 def test_killed_at_random_moments_it_is_made_anew(cache: Path, conversions: list[Path]) -> None:
     def make_anew() -> None:
         (cache / SMOLLM2 / "tokenizer.json").unlink(missing_ok=True)

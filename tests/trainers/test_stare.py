@@ -186,8 +186,8 @@ ON = {"stare_target_entropy": 0.3}
     ("settings", "message"),
     [
         ({"stare_target_entropy": 0.0}, "stare_target_entropy=0.0 must be a finite number above 0"),
-        ({"stare_target_entropy": math.nan}, "stare_target_entropy=nan must be finite"),
-        ({"stare_target_entropy": "0.3"}, "stare_target_entropy='0.3' must be finite"),
+        ({"stare_target_entropy": math.nan}, "stare_target_entropy=nan must be a finite number above 0"),
+        ({"stare_target_entropy": "0.3"}, "stare_target_entropy='0.3' must be a finite number above 0"),
         ({**ON, "stare_variant": "o1"}, "stare_variant='o1' is unknown. Choose O1 or C2"),
         ({**ON, "stare_fraction": 0.0}, r"stare_fraction=0.0 must be in \(0, 1\]"),
         ({**ON, "stare_fraction": 1.1}, r"stare_fraction=1.1 must be in \(0, 1\]"),
