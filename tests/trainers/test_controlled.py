@@ -318,6 +318,21 @@ def test_trl_s_adaptive_coefficient_needs_trl_s_loss(make_trainer: Callable[...,
     made(make_trainer, ScaledTrainer, **settings)
 
 
+class StepTrainer(GRPOTrainer):
+    """A step of its own, which calls the loss behind `compute_loss`."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = self._compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_step_that_goes_around_compute_loss_is_refused(make_trainer: Callable[..., Any]) -> None:
+    with pytest.raises(RuntimeError, match=r"StepTrainer\.training_step calls `self\._compute_loss` without `self\.co"):
+        made(make_trainer, StepTrainer, positive_nll_coef=0.5).train()
+    trained(made(make_trainer, StepTrainer, max_steps=1))
+
+
 class ShuffledTrainer(GRPOTrainer):
     """Hands on the rows of a rollout in another order."""
 

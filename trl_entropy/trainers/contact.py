@@ -81,6 +81,15 @@ class GRPOContact(RolloutContact):
             return loss
         return (loss[0] + added, *loss[1:]) if isinstance(loss, tuple) else loss + added
 
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        if self.must_act and self._loss_call is None:
+            where = described(type(self), "training_step", "prediction_step") or "A caller"
+            raise RuntimeError(
+                f"{where} calls `self._compute_loss` without `self.compute_loss`, so the entropy controls cannot act. "
+                "Call `self.compute_loss(model, inputs)` instead."
+            )
+        return super()._compute_loss(model, inputs)
+
     @cached_property
     def own_loss(self) -> str | None:
         """The method of a subclass that takes the place of TRL's loss, as `Class.method`; `None` for none."""
