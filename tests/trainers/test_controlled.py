@@ -415,6 +415,22 @@ def test_classes_and_configurations_are_pickled(tmp_path: Path, protocol: int) -
         assert copied.to_dict() == config.to_dict()
 
 
+class BelowTrainer(entropy_controlled(ScaledTrainer)):  # type: ignore[misc]
+    """Written below a class that is made."""
+
+
+@dataclass
+class BelowConfig(BelowTrainer.config_class):  # type: ignore[name-defined,misc]
+    more: int = 1
+
+
+def test_a_class_below_one_that_is_made_is_pickled_by_its_name(tmp_path: Path) -> None:
+    config = BelowConfig(output_dir=str(tmp_path), more=2, bf16=False, use_cpu=True)
+    again, copied = pickle.loads(pickle.dumps((BelowTrainer, config)))
+    assert again is BelowTrainer
+    assert (type(copied), copied.more) == (BelowConfig, 2)
+
+
 def test_a_spawned_worker_makes_the_same_classes(tmp_path: Path) -> None:
     cls = entropy_controlled(ScaledTrainer)
     config = cls.config_class(output_dir=str(tmp_path), erc_low=0.9, erc_high=1.1, bf16=False, use_cpu=True)

@@ -95,11 +95,11 @@ def entropy_controlled(trainer_class: type[Any], *, config_class: type[Any] | No
 
 
 class Made(type):
-    """Of classes that are made from others: they are pickled as how they were made."""
+    """Of classes that are made from others: they are pickled as how they were made, a class below them by its name."""
 
 
-def _reduce(cls: Made) -> tuple[Any, ...]:
-    return vars(cls)["_made"]
+def _reduce(cls: Made) -> tuple[Any, ...] | str:
+    return vars(cls).get("_made") or cls.__qualname__
 
 
 copyreg.pickle(Made, _reduce)
