@@ -333,6 +333,36 @@ def test_a_step_that_goes_around_compute_loss_is_refused(make_trainer: Callable[
     trained(made(make_trainer, StepTrainer, max_steps=1))
 
 
+class ReferenceFirstTrainer(GRPOTrainer):
+    """A loss of its own whose first forward pass is the reference's."""
+
+    with_entropy = True
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        length = inputs["completion_ids"].size(1)
+        forward = self._get_per_token_logps_and_entropies
+        with torch.no_grad():
+            ref, *_ = forward(self.ref_model or model, ids, torch.ones_like(ids), length)
+        logps, *_ = forward(model, ids, torch.ones_like(ids), length, compute_entropy=self.with_entropy)
+        return ((logps - ref.clone()) ** 2 - logps * inputs["advantages"].view(len(ids), -1)).mean()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_the_reference_s_forward_pass_is_not_the_loss_s(
+    make_trainer: Callable[..., Any], tmp_path: Path, beta: float
+) -> None:
+    runs = [
+        trained(made(make_trainer, ReferenceFirstTrainer, tmp_path / name, beta=beta, max_steps=1, **controls))
+        for name, controls in (("off", {}), ("on", {"positive_nll_coef": 0.5}))
+    ]
+    assert any(not torch.equal(value, weights(runs[1])[name]) for name, value in weights(runs[0]).items())
+    trainer = made(make_trainer, ReferenceFirstTrainer, tmp_path / "none", beta=beta, positive_nll_coef=0.5)
+    trainer.with_entropy = False
+    with pytest.raises(RuntimeError, match=r"ReferenceFirstTrainer\._compute_loss calls .* without `compute_entropy="):
+        trainer.train()
+
+
 class ShuffledTrainer(GRPOTrainer):
     """Hands on the rows of a rollout in another order."""
 

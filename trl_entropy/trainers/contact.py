@@ -6,12 +6,13 @@ controls decide into that copy, so TRL's loss does the rest. No line of that los
 
 A subclass of TRL's trainer may stand in between. `GRPOContact` comes before it and `GRPOLoss` after it, so what the
 subclass makes of the inputs is what the controls act on, and its forward passes beside that of TRL's loss are left
-alone. Where its `_compute_loss` takes the place of TRL's, the first forward pass in it is the loss's.
+alone. Where its `_compute_loss` takes the place of TRL's, the first forward pass of the policy in it is the loss's.
 """
 
 from functools import cached_property
 from typing import Any
 
+import torch
 import trl
 from torch import Tensor
 from trl import GRPOTrainer
@@ -150,7 +151,7 @@ class GRPOContact(RolloutContact):
             # TRL's first is that of the policy; with LoRA the reference's comes later and is the same module
             repeated = None if forwards else self._repeat_rows(model, *args, **kwargs)
             forwards.append(RolloutForward(logps, entropies, repeated))
-        if call is not None and call.reached and not call.forward_done:
+        if call is not None and self._is_the_loss_s(call, model, entropies):
             call.given = dict(call.inputs)
             call.forward_done, call.logps, call.loss_logps = True, logps, logps
             call.entropies = call.bonus_entropies = entropies
@@ -158,6 +159,23 @@ class GRPOContact(RolloutContact):
             call.hand_over(to_trl=self.own_loss is None)
             result = (call.loss_logps, call.bonus_entropies, *result[2:])
         return result
+
+    def _is_the_loss_s(self, call: LossCall, model: Any, entropies: Tensor | None) -> bool:
+        """Whether a forward pass is that of the loss: the first of the policy, with its graph where it is trained.
+
+        Raises:
+            RuntimeError: If it is, and a control has no entropies to act on.
+        """
+        if not call.reached or call.forward_done or model is self.ref_model:
+            return False
+        if self.mode == "train" and not torch.is_grad_enabled():
+            return False
+        if entropies is None and self.must_act:
+            raise RuntimeError(
+                f"{self.own_loss or 'The loss'} calls `self._get_per_token_logps_and_entropies` without "
+                "`compute_entropy=True`, and the entropy controls need the entropies. Add it there."
+            )
+        return entropies is not None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.hooks_active:
