@@ -363,6 +363,20 @@ def test_the_reference_s_forward_pass_is_not_the_loss_s(
         trainer.train()
 
 
+class AfterTrainer(GRPOTrainer):
+    """Reads its inputs after TRL's loss."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        before = dict(inputs)
+        loss = super()._compute_loss(model, inputs)
+        assert all(inputs[name] is value for name, value in before.items())
+        return loss
+
+
+def test_an_override_finds_its_inputs_as_they_were(build: Callable[..., Any]) -> None:
+    check(build(AfterTrainer, S), S, *random_batch(1))
+
+
 class ShuffledTrainer(GRPOTrainer):
     """Hands on the rows of a rollout in another order."""
 

@@ -107,8 +107,8 @@ class GRPOContact(RolloutContact):
                 "the loss's. Call `super()._compute_loss` in that method itself."
             )
         call.reached = True
-        if inputs is not call.inputs:
-            call.inputs, call.mask = LossInputs(inputs), loss_mask(inputs)
+        # a copy: the override that called may read its inputs afterwards
+        call.inputs, call.mask = LossInputs(inputs), loss_mask(inputs)
         return call.inputs
 
     def _check_reached(self, call: LossCall) -> None:
