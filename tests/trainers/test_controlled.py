@@ -377,6 +377,20 @@ def test_an_override_finds_its_inputs_as_they_were(build: Callable[..., Any]) ->
     check(build(AfterTrainer, S), S, *random_batch(1))
 
 
+def test_a_configuration_that_the_trainer_makes_itself_is_checked(make_trainer: Callable[..., Any]) -> None:
+    class SettingsTrainer(ReinforceTrainer):
+        def __init__(self, *, settings: dict[str, Any], **kwargs: Any) -> None:
+            super().__init__(**settings, **kwargs)
+
+    cls = entropy_controlled(SettingsTrainer, config_class=GRPOConfig)
+
+    def construct(*, args: Any, **given: Any) -> Any:
+        return cls(settings={"args": args}, **given)
+
+    with pytest.raises(ValueError, match=r"target_entropy=0\.3.* ReinforceTrainer\._compute_loss, which takes the"):
+        make_trainer(trainer_class=construct, target_entropy=0.3, target_entropy_by="coefficient")
+
+
 class ShuffledTrainer(GRPOTrainer):
     """Hands on the rows of a rollout in another order."""
 

@@ -62,11 +62,13 @@ class EntropyControlMixin(GRPOContact):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self.active = ActiveControls((), {})
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, ControlChecks):
-                check_reach(type(self), argument)
+        given = [one for one in (*args, *kwargs.values()) if isinstance(one, ControlChecks)]
+        for config in given:  # before a model is loaded
+            check_reach(type(self), config)
         with trainable_engines():
             super().__init__(*args, **kwargs)
+        if isinstance(self.args, ControlChecks) and not any(one is self.args for one in given):
+            check_reach(type(self), self.args)
         self.active = ActiveControls.of(self.args)
         self._recorder = self._make_recorder() if self.recording else None
         if methods := ratio_controls(self.args):
