@@ -31,7 +31,13 @@ def test_module_imports_and_says_what_it_is(name: str) -> None:
         pytest.skip("TRL 1.12 is the last release with PPOTrainer")
     if name == "trl_entropy.tasks.equality":
         pytest.importorskip("math_verify", reason="the extra `maths` is not installed")
-    assert import_module(name).__doc__
+    try:
+        module = import_module(name)
+    except ImportError as error:
+        if not name.startswith("trl_entropy.trainers.async_") or "asynchronous" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert module.__doc__
 
 
 def test_what_is_imported_is_required() -> None:

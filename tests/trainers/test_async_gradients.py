@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from trl_entropy.controls import CONTROLS
+from trl_entropy.trainers.async_controls import REFUSED, SUPPORTED
 
 from . import async_parts
 from .async_reference import LOSSES, Token, plain, weighted
 
-async_config, async_grpo = map(async_parts.require, ("async_config", "async_grpo"))
-
+async_parts.require("async_grpo")
 
 VERSION = 4
 
@@ -106,8 +106,7 @@ def test_gradients_are_the_formulas(make_async: Callable[..., Any], prefix: str 
 
 def test_every_control_of_the_table_is_tested_or_refused() -> None:
     every = {control.prefix for control in CONTROLS}
-    supported, refused = async_config.SUPPORTED, async_config.REFUSED.keys()
+    supported, refused = SUPPORTED, REFUSED.keys()
     assert LOSSES.keys() == supported
     assert supported | refused == every
     assert not supported & refused
-    assert async_grpo.SUPPORTED is supported

@@ -328,7 +328,9 @@ class StepTrainer(GRPOTrainer):
 
 
 def test_a_step_that_goes_around_compute_loss_is_refused(make_trainer: Callable[..., Any]) -> None:
-    with pytest.raises(RuntimeError, match=r"StepTrainer\.training_step calls `self\._compute_loss` without `self\.co"):
+    with pytest.raises(
+        RuntimeError, match=r"StepTrainer\.training_step calls `self\._compute_loss` without `self\.co"
+    ):
         made(make_trainer, StepTrainer, positive_nll_coef=0.5).train()
     trained(made(make_trainer, StepTrainer, max_steps=1))
 

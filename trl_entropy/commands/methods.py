@@ -9,7 +9,7 @@ from typing import Any
 from trl_entropy import AsyPPOConfig, EntropyRLOOConfig
 from trl_entropy.controls import CONTROLS, Control
 from trl_entropy.telemetry import staleness
-from trl_entropy.trainers.async_config import SUPPORTED as ASYNC_CONTROLS
+from trl_entropy.trainers.async_controls import SUPPORTED as ASYNC_CONTROLS
 from trl_entropy.trainers.config import EntropyControls, EntropyGRPOConfig
 from trl_entropy.trainers.overrides import LIMITS
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..controls import CONTROLS, Control, controls_of
+from ..controls import Control, controls_of
 from ..controls.ce_gppo_loop import CEGPPOLoopFields
 from ..controls.clip_cov import ClipCovFields
 from ..controls.dppo import DPPOFields
@@ -18,17 +18,8 @@ from ..controls.stare import STAREFields
 from ..controls.steer import STEERFields
 from ..controls.target_entropy import TargetEntropyFields
 from .async_contact import AsyncGRPOConfig
+from .async_controls import REFUSED
 from .config import EntropyControls
-
-REFUSED: dict[str, str] = {
-    "qae": "the rollout worker has normalised the rewards of a group before its samples come here one by one, and a "
-    "quantile needs all of them",
-    "asyppo": "its critics are trained on whole rollouts, and samples come here one by one",
-    "coefficient": "TRL's asynchronous loss has no entropy bonus whose coefficient could be adapted",
-}
-"""Prefixes of the controls that asynchronous training does not have, and why."""
-SUPPORTED = frozenset(control.prefix for control in CONTROLS) - REFUSED.keys()
-"""Prefixes of those that it has."""
 
 
 @dataclass

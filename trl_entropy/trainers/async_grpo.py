@@ -30,8 +30,9 @@ from ..files import whole_file
 from ..telemetry.metrics import TokenMeans
 from ..telemetry.recorder import RecordedMicroBatch, RecorderCallback, TokenRecorder
 from ..telemetry.staleness import clipped_by_age
-from .async_config import SUPPORTED, EntropyAsyncGRPOConfig
+from .async_config import EntropyAsyncGRPOConfig
 from .async_contact import AsyncContact, AsyncLossCall
+from .async_controls import SUPPORTED
 from .async_samples import TaggedMetrics, as_rollout, per_token, sample_ids
 from .card import add_methods
 from .dropout import warn_of_dropout
