@@ -282,7 +282,11 @@ def test_a_loss_that_takes_advantages_as_a_column_is_refused(build: Callable[...
     trainer = build(ColumnTrainer, replace(BASE, **ERC))
     with pytest.raises(ValueError, match=r"one per token, of shape \(8, 7\), .* as if they were one per completion"):
         trainer_gradients(trainer, b, inputs)
-    for take in (lambda a: a[:, None], lambda a: torch.unsqueeze(a, 1), lambda a: a[:, None, :]):
+    takes: tuple[Callable[[Tensor], Tensor], ...] = (
+        *(lambda a: a[:, None], lambda a: torch.unsqueeze(a, 1), lambda a: a[:, None, :]),
+        *(lambda a: a.view(-1, 1), lambda a: a.reshape(-1, 1), lambda a: a.unsqueeze_(1)),
+    )
+    for take in takes:
         trainer.column = take
         with pytest.raises(ValueError, match="as if they were one per completion"):
             trainer_gradients(trainer, b, inputs)

@@ -26,6 +26,13 @@ class LossInputs(dict[str, Any]):
         return super().get(key, default)
 
 
+RESHAPES = (
+    *(torch.unsqueeze, Tensor.unsqueeze, Tensor.unsqueeze_),
+    *(torch.reshape, Tensor.reshape, Tensor.view),
+)
+"""What makes a column of advantages, as a new axis in an index does."""
+
+
 class TokenAdvantages(Tensor):
     """Advantages `(B, T)` for a loss that is not TRL's: an error where it takes them for one per completion.
 
@@ -36,13 +43,16 @@ class TokenAdvantages(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         index = args[1] if func is Tensor.__getitem__ else ()
-        if func in (torch.unsqueeze, Tensor.unsqueeze) or any(one is None for one in _as_tuple(index)):
-            raise ValueError(
-                f"The controls' advantages are one per token, of shape {tuple(args[0].shape)}, and the loss gives "
-                "them a new axis as if they were one per completion. Do so only `if advantages.dim() == 1`."
-            )
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            shape = tuple(args[0].shape) if func in RESHAPES else ()
+            result = func(*args, **(kwargs or {}))
+        reshaped = func in RESHAPES and result.dim() > 1 and tuple(result.shape) != shape
+        if reshaped or any(one is None for one in _as_tuple(index)):
+            raise ValueError(
+                f"The controls' advantages are one per token, of shape {shape or tuple(args[0].shape)}, and the loss "
+                "gives them a new axis as if they were one per completion. Do so only `if advantages.dim() == 1`."
+            )
+        return result
 
 
 def _as_tuple(index: Any) -> tuple[Any, ...]:
