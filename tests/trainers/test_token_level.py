@@ -309,6 +309,38 @@ def test_what_cannot_be_combined_is_refused(make_trainer: Callable[..., Any], se
         rolled_out(make_trainer(reward_funcs=dense("token_rewards"), **settings))
 
 
+class OwnTokensTrainer(GRPOTrainer):
+    """Advantages of its own, per token, which its loss gives a new axis."""
+
+    reads = True
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(generation_batch)
+        return {**inputs, "advantages": inputs["advantages"].view(8, -1).expand_as(inputs["completion_ids"])}
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        length = inputs["completion_ids"].size(1)
+        forward = self._get_per_token_logps_and_entropies
+        logps, *_ = forward(model, ids, torch.ones_like(ids), length, compute_entropy=True)
+        return -(logps.unsqueeze(2) * (inputs["advantages"].unsqueeze(2) if self.reads else 1.0)).mean()
+
+
+def test_a_loss_that_never_reads_the_advantages_is_refused(make_trainer: Callable[..., Any]) -> None:
+    settings = {"trainer_class": entropy_controlled(OwnTokensTrainer), "config_class": EntropyGRPOConfig}
+    for given in ({"qae_quantile": 0.4}, {"reward_funcs": dense("token_rewards")}):
+        trainer = make_trainer(**settings, **given)
+        trainer.reads = False
+        with pytest.raises(RuntimeError, match=r"OwnTokensTrainer\._compute_loss does not read advantages from its"):
+            trainer.train()
+
+
+def test_a_trainer_s_own_advantages_of_tokens_are_left_alone(make_trainer: Callable[..., Any]) -> None:
+    settings = {"trainer_class": entropy_controlled(OwnTokensTrainer), "config_class": EntropyGRPOConfig}
+    for given in ({}, {"positive_nll_coef": 0.1}):
+        trained(make_trainer(**settings, **given, max_steps=1))
+
+
 class PlusTrainer(GRPOTrainer):
     """Adds to the advantages as if they were one per completion, as TRL's MiniLLM does."""
 

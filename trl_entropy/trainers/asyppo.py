@@ -19,7 +19,7 @@ from ..critics import (
 from .asyppo_config import AsyPPOConfig
 from .critics import critic_batch_size, critic_sources, disagreement, load_ensemble
 from .grpo import EntropyGRPOTrainer
-from .loss_call import loss_mask
+from .loss_call import TOKEN_LEVEL, loss_mask
 from .token_level import TokenValues, summed_rewards
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
@@ -145,7 +145,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         advantages = generalized_advantages(episodes, gamma=args.gae_gamma, lam=args.gae_lambda)
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._sum_over_processes)
-        output["advantages"] = advantages
+        output["advantages"], output[TOKEN_LEVEL] = advantages, mask.new_ones(len(mask))
         if self.recording:
             output["value_mean"] = mean[:, :-1]
         output.update(disagreement(values[:, :, :-1], mask, args, self._gather))

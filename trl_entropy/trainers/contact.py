@@ -18,7 +18,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from .contact_table import ATTRIBUTES, check_installed, check_trainer
-from .loss_call import LossCall, LossInputs, TokenAdvantages, loss_mask
+from .loss_call import TOKEN_LEVEL, LossCall, LossInputs, TokenAdvantages, loss_mask
 from .overrides import described, own_loss
 from .rollout_contact import RolloutContact, RolloutForward
 
@@ -44,6 +44,11 @@ class GRPOContact(RolloutContact):
         return self.hooks_active
 
     @property
+    def sets_advantages(self) -> bool:
+        """Whether the advantages of a rollout are made anew."""
+        return False
+
+    @property
     def wants_entropy_gradients(self) -> bool:
         """Whether the entropies of the loss's forward pass shall carry their graph."""
         return False
@@ -64,9 +69,15 @@ class GRPOContact(RolloutContact):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.hooks_active:
-            if self.own_loss and inputs["advantages"].dim() == 2:
-                inputs = {**inputs, "advantages": inputs["advantages"].as_subclass(TokenAdvantages)}
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            if self.own_loss and TOKEN_LEVEL in inputs:
+                inputs = LossInputs({**inputs, "advantages": inputs["advantages"].as_subclass(TokenAdvantages)})
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if isinstance(inputs, LossInputs) and "advantages" not in inputs.read:
+                raise RuntimeError(
+                    f"{self.own_loss} does not read advantages from its inputs, so what functions say of single "
+                    "tokens would do nothing. Read them there, or call `super()._compute_loss`."
+                )
+            return loss
         self._loss_call = call = LossCall(LossInputs(inputs), loss_mask(inputs), reached=bool(self.own_loss))
         try:
             loss = super().compute_loss(model, call.inputs, *args, **kwargs)
@@ -128,7 +139,7 @@ class GRPOContact(RolloutContact):
                 f"{where} computes a loss without `self._get_per_token_logps_and_entropies` and without TRL's loss, "
                 "so the entropy controls cannot act. Call `super()._compute_loss` in it, or leave the controls off."
             )
-        if unread := call.unread():
+        if unread := call.unread(sets_advantages=self.sets_advantages or TOKEN_LEVEL in call.given):
             raise RuntimeError(
                 f"{where or 'The loss'} does not read {' and '.join(unread)} from its inputs after "
                 "`self._get_per_token_logps_and_entropies`, so the entropy controls would do nothing. Read it there, "
@@ -152,6 +163,7 @@ class GRPOContact(RolloutContact):
             repeated = None if forwards else self._repeat_rows(model, *args, **kwargs)
             forwards.append(RolloutForward(logps, entropies, repeated))
         if call is not None and self._is_the_loss_s(call, model, entropies):
+            call.early = frozenset(call.inputs.read)
             call.given = dict(call.inputs)
             call.forward_done, call.logps, call.loss_logps = True, logps, logps
             call.entropies = call.bonus_entropies = entropies

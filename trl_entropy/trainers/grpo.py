@@ -32,7 +32,7 @@ from .card import add_methods
 from .config import ControlChecks, EntropyGRPOConfig
 from .contact import GRPOContact, GRPOLoss
 from .dropout import warn_of_dropout
-from .loss_call import LossCall, loss_mask
+from .loss_call import TOKEN_LEVEL, LossCall, loss_mask
 from .overrides import check_reach
 from .token_level import TokenValues, check_token_level, credited, summed_rewards
 
@@ -124,6 +124,10 @@ class EntropyControlMixin(GRPOContact):
         return self.active.need("old_entropies") or self.recording
 
     @property
+    def sets_advantages(self) -> bool:
+        return any(control.sets_advantages for control in self.active.controls)
+
+    @property
     def wants_entropy_gradients(self) -> bool:
         return self.active.need("entropy_gradients")
 
@@ -160,7 +164,7 @@ class EntropyControlMixin(GRPOContact):
         if found[0].name == "token_rewards":
             self._log_token_rewards(values)
             values = credited(advantages, values, mask, self._context())
-        output["advantages"] = values
+        output["advantages"], output[TOKEN_LEVEL] = values, mask.new_ones(len(mask))
 
     def _log_token_rewards(self, rewards: Tensor) -> None:
         totals = TokenMean(rewards.sum(1), torch.ones_like(rewards[:, 0], dtype=torch.bool)).totals()

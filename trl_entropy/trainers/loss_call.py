@@ -1,6 +1,6 @@
 """One call of a loss: what it reads, and the forward pass that it makes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from ..controls import MicroBatch, TokenMean
+
+
+TOKEN_LEVEL = "token_level"
+"""Key of a rollout whose advantages this package has made `(B, T)`: True per completion, `(B,)`."""
 
 
 class LossInputs(dict[str, Any]):
@@ -20,6 +24,9 @@ class LossInputs(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         self.read.add(key)
         return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # so that a copy, such as `{**inputs}`, reads each key by `__getitem__`
 
     def get(self, key: str, default: Any = None) -> Any:
         self.read.add(key)
@@ -66,6 +73,7 @@ class LossCall:
     Attributes:
         inputs: Shallow copy of the micro-batch; what is written here is what TRL's loss reads.
         given: The same before anything is written there.
+        early: The inputs that were read before the forward pass.
         reached: Whether the next forward pass is the loss's.
         mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
         forward_done: Whether the forward pass has been made; only then are there the two below.
@@ -82,6 +90,7 @@ class LossCall:
     inputs: LossInputs
     mask: Tensor
     given: dict[str, Any] = field(default_factory=dict)
+    early: frozenset[str] = frozenset()
     reached: bool = False
     forward_done: bool = False
     logps: Tensor = field(init=False)
@@ -96,13 +105,16 @@ class LossCall:
     def hand_over(self, *, to_trl: bool) -> None:
         """Let the loss read the inputs; one that is not TRL's gets advantages that watch how it takes them."""
         advantages = self.inputs.get("advantages")
-        if not to_trl and advantages is not None and advantages.dim() == 2:
+        made = "advantages" in self.shaped or TOKEN_LEVEL in self.inputs
+        if not to_trl and made and advantages is not None and advantages.dim() == 2:
             self.inputs["advantages"] = advantages.as_subclass(TokenAdvantages)
         self.inputs.read.clear()
 
-    def unread(self) -> list[str]:
-        """What a control has changed of the inputs, and the loss has not read."""
-        return [name for name in self.shaped if name not in self.inputs.read and self._differs(name)]
+    def unread(self, *, sets_advantages: bool) -> list[str]:
+        """What a control has changed of the inputs, and the loss has not read; a rollout's at any time."""
+        found = [name for name in self.shaped if name not in self.inputs.read and self._differs(name)]
+        unread = "advantages" not in self.inputs.read | self.early
+        return ["advantages", *found] if sets_advantages and unread and "advantages" not in found else found
 
     def _differs(self, name: str) -> bool:
         """Whether an input is another than was given; every control that shapes tokens needs the advantages read."""
