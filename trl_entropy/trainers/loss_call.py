@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..controls import MicroBatch, TokenMean
 
-
 TOKEN_LEVEL = "token_level"
 """Key of a rollout whose advantages this package has made `(B, T)`: True per completion, `(B,)`."""
 

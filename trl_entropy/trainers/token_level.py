@@ -87,7 +87,10 @@ class TokenCollector:
         """A reward function that returns TRL's rewards alone; a model is left as it is."""
         if isinstance(function, nn.Module) or not callable(function):
             return function
-        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        called = function
+        while isinstance(called, functools.partial):
+            called = called.func
+        if inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(type(called).__call__):
 
             @functools.wraps(function, updated=())
             async def watched_async(*args: Any, **kwargs: Any) -> Any:
