@@ -341,6 +341,28 @@ def test_a_trainer_s_own_advantages_of_tokens_are_left_alone(make_trainer: Calla
         trained(make_trainer(**settings, **given, max_steps=1))
 
 
+class OwnScoresTrainer(GRPOTrainer):
+    """Calls the functions itself, scores twice with TRL, and adds a column with a weight of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reward_weights = torch.tensor([1.0, 0.5])
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        own = self.reward_funcs[0](completions, completion_ids=completion_ids_list)
+        assert set(own) == {"rewards", "token_rewards"}
+        for _ in range(2):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return torch.cat([rewards, torch.zeros_like(rewards)], dim=1)
+
+
+def test_functions_are_the_trainer_s_own_in_its_override(make_trainer: Callable[..., Any]) -> None:
+    settings = {"trainer_class": entropy_controlled(OwnScoresTrainer), "config_class": EntropyGRPOConfig}
+    trainer = make_trainer(**settings, reward_funcs=dense("token_rewards"))
+    total = by_hand(rolled_out(trainer)).sum(1).mean().item()
+    assert trainer._metrics["train"]["token_rewards"] == [pytest.approx(total, abs=1e-6)]
+
+
 class PlusTrainer(GRPOTrainer):
     """Adds to the advantages as if they were one per completion, as TRL's MiniLLM does."""
 

@@ -197,7 +197,7 @@ class GRPOContact(RolloutContact):
 
 
 class GRPOLoss(GRPOTrainer):
-    """After a subclass of `trl.GRPOTrainer`: shows the contact the inputs that TRL's loss is called with."""
+    """After a subclass of `trl.GRPOTrainer`: shows the contact TRL's calls of the loss and the functions."""
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         advantages = inputs.get("advantages")
@@ -207,3 +207,7 @@ class GRPOLoss(GRPOTrainer):
                 "override takes advantages of tokens for one per completion."
             )
         return super()._compute_loss(model, self.reach_loss(inputs))
+
+    def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with self.watched_functions(inputs):
+            return super()._calculate_rewards(inputs, *args, **kwargs)

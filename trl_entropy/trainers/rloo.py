@@ -56,10 +56,14 @@ class EntropyRLOOConfig(RLOOControls, RLOOConfig):
 
 
 class RLOOLoss(RLOOTrainer):
-    """After a subclass of `trl.RLOOTrainer`: shows the contact the inputs that TRL's loss is called with."""
+    """After a subclass of `trl.RLOOTrainer`: shows the contact TRL's calls of the loss and the functions."""
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         return super()._compute_loss(model, self.reach_loss(inputs))
+
+    def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with self.watched_functions(inputs):
+            return super()._calculate_rewards(inputs, *args, **kwargs)
 
 
 class RLOOControlMixin(EntropyControlMixin):

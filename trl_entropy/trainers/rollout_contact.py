@@ -1,7 +1,10 @@
 """Where the controls touch how TRL makes and scores a rollout; `contact` has where they touch its loss."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from itertools import chain, repeat
 from typing import Any, ClassVar
 
 import torch
@@ -206,17 +209,27 @@ class RolloutContact(ExactResume):
             )
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        self._scored_ids, self._token_values = completion_ids_list, TokenCollector()
+        self._scored_ids = completion_ids_list
+        self._collect_from(inputs)
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_per_func
+
+    def _collect_from(self, inputs: Any) -> None:
+        self._token_values = TokenCollector()
         if getattr(self, "rollout_func", None) is not None:
             self._token_values.take_from(inputs, "rollout_func")
-        functions = self.reward_funcs
-        named = zip(functions, self.reward_func_names, self.reward_weights.tolist(), strict=True)
+
+    @contextmanager
+    def watched_functions(self, inputs: Any) -> Iterator[None]:
+        """While TRL calls the reward functions: keep what they say of single tokens; the last call counts."""
+        self._collect_from(inputs)
+        functions, weights = self.reward_funcs, chain(self.reward_weights.tolist(), repeat(1.0))
+        named = zip(functions, self.reward_func_names, weights, strict=False)
         self.reward_funcs = [self._token_values.watch(*each) for each in named]
         try:
-            self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            yield
         finally:
             self.reward_funcs = functions
-        return self._rewards_per_func
 
     def set_token_level(self, output: dict[str, Any], found: list[TokenValues], completion_ids: list[Any]) -> None:
         """Put what functions say of single tokens into a scored rollout."""
