@@ -173,14 +173,14 @@ class GRPOContact(RolloutContact):
         return result
 
     def _is_the_loss_s(self, call: LossCall, model: Any, entropies: Tensor | None) -> bool:
-        """Whether a forward pass is that of the loss: the first of the policy, with its graph where it is trained.
+        """Whether a forward pass is that of the loss: the first of the policy, with a graph where the loss has one.
 
         Raises:
             RuntimeError: If it is, and a control has no entropies to act on.
         """
         if not call.reached or call.forward_done or model is self.ref_model:
             return False
-        if self.mode == "train" and not torch.is_grad_enabled():
+        if call.with_graph and not torch.is_grad_enabled():
             return False
         if entropies is None and self.must_act:
             raise RuntimeError(

@@ -75,6 +75,7 @@ class LossCall:
         early: The inputs that were read before the forward pass.
         reached: Whether the next forward pass is the loss's.
         mask: True for the tokens that the model wrote and that count, bool `(B, T)`.
+        with_graph: Whether the loss is computed with its graph.
         forward_done: Whether the forward pass has been made; only then are there the two below.
         logps: Log-probs of the sampled tokens, with their graph, `(B, T)`.
         loss_logps: The same values as TRL's loss reads them: without a graph where a token is a constant to it.
@@ -91,6 +92,7 @@ class LossCall:
     given: dict[str, Any] = field(default_factory=dict)
     early: frozenset[str] = frozenset()
     reached: bool = False
+    with_graph: bool = field(default_factory=torch.is_grad_enabled)
     forward_done: bool = False
     logps: Tensor = field(init=False)
     loss_logps: Tensor = field(init=False)
