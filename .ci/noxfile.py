@@ -59,12 +59,18 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
     session.run("python", "-m", "pytest", "-q", *arguments)
 
 
+def remove(session: nox.Session) -> None:
+    """The environment, once its tests have passed: each has two gigabytes."""
+    shutil.rmtree(session.virtualenv.location)
+
+
 @nox.session
 def oldest(session: nox.Session) -> None:
     """The default suite on the oldest supported TRL, with a part of what the newest runs on the pretrained model."""
     install(session, OLDEST)
     run_tests(session, "-m", "not real_model", *session.posargs)
     run_tests(session, *ON_REAL_MODEL)
+    remove(session)
 
 
 @nox.session
@@ -76,6 +82,7 @@ def contact(session: nox.Session, trl: str) -> None:
         session.install("-q", "--no-deps", "triton")
         take_kernels(session, newest_supported())
     run_tests(session, *CONTACT_TESTS)
+    remove(session)
 
 
 def take_kernels(session: nox.Session, trl: str) -> None:
@@ -110,6 +117,7 @@ def floors(session: nox.Session) -> None:
     """The contact tests with the oldest of every requirement, torch apart."""
     session.install("-q", "-c", str(ROOT / ".ci/floors.txt"), "-e", f"{ROOT}[tests]")
     run_tests(session, *CONTACT_TESTS)
+    remove(session)
 
 
 def newest_supported() -> str:
