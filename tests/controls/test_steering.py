@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_entropy.controls import Context, Rollout
-from trl_entropy.controls.health import MIN_ENTRIES
+from trl_entropy.controls.health import needed_entries
 from trl_entropy.controls.steering import EntropyLoop, held_at_bound, proportional_integral, rollout_entropy
 
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
@@ -116,7 +116,7 @@ def test_trace():
 )
 def test_a_loop_that_is_held_at_its_bound_is_found(actuators, error, found):
     rule = held_at_bound("x", "X", (-1.0, 2.0), "Try y.")
-    entries = [{"x/actuator": actuators[i % len(actuators)], "x/error": error} for i in range(MIN_ENTRIES)]
+    entries = [{"x/actuator": actuators[i % len(actuators)], "x/error": error} for i in range(needed_entries([]))]
     finding = rule(entries)
     if found is None:
         assert finding is None

@@ -10,17 +10,16 @@ import pytest
 
 from trl_entropy import DiagnosisCallback
 from trl_entropy.controls import health
-from trl_entropy.controls.health import MIN_ENTRIES
 from trl_entropy.telemetry.diagnosis import RULES, diagnose, num_swings
 
-STEPS = 40
+STEPS, SHORT = 40, 15
 
 
-def log_of(**metrics: Any) -> list[dict[str, Any]]:
-    """One entry a step; a metric is a number, or a function of the share of the run that is over."""
+def log_of(every: int = 1, entries: int = STEPS, **metrics: Any) -> list[dict[str, Any]]:
+    """An entry every few steps; a metric is a number, or a function of the share of the run that is over."""
     return [
-        {"step": step, **{name: of(step / STEPS) if callable(of) else of for name, of in metrics.items()}}
-        for step in range(1, STEPS + 1)
+        {"step": every * entry, **{name: of(entry / entries) if callable(of) else of for name, of in metrics.items()}}
+        for entry in range(1, entries + 1)
     ]
 
 
@@ -160,7 +159,33 @@ def test_healthy_run_has_no_finding(metrics: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("rule", FAULTS)
 def test_short_log_is_not_judged(rule: str) -> None:
-    assert rules_of(FAULTS[rule][0], entries=MIN_ENTRIES - 1) == []
+    assert rules_of(FAULTS[rule][0], entries=SHORT) == []
+
+
+# of `trl-entropy quickstart --model smollm2-135m`, nats, an entry for a rollout of eight steps
+COLLAPSED = (1.75, 1.47, 0.63, 0.34, 0.25, 0.20, 0.11, 0.16)
+SHARPENED = (1.74, 1.52, 1.02, 0.79, 0.58, 0.40, 0.41, 0.36)
+
+
+@pytest.mark.parametrize(
+    ("entropies", "every", "found"),
+    [
+        (COLLAPSED, 8, ["entropy_collapse"]),
+        (SHARPENED, 8, []),
+        (COLLAPSED[:7], 8, []),  # too few
+        (COLLAPSED, 1, []),  # one rollout
+        ([1.0] * 6 + [0.0] * 2, 2, []),  # a rollout is four entries
+        ([1.0] * 6 + [0.0] * 2, 4, ["entropy_collapse"]),
+        ([value for value in COLLAPSED for _ in range(3)], 8, ["entropy_collapse"]),
+        ([1.0] * 31 + [0.0], 100, []),  # of a long log, one entry does not decide
+        ([1.0] * 29 + [0.0] * 3, 100, []),
+        ([1.0] * 24 + [0.0] * 8, 100, ["entropy_collapse"]),
+    ],
+)
+def test_an_entry_of_several_steps_counts_as_them(entropies: Any, every: int, found: list[str]) -> None:
+    log = log_of(every, len(entropies), entropy=lambda done: entropies[round(done * len(entropies)) - 1])
+    summary = {"step": log[-1]["step"], "train_runtime": 1.0}
+    assert [finding.rule for finding in diagnose([*log, summary])] == found
 
 
 def test_finding_names_numbers_and_fields() -> None:
@@ -236,6 +261,7 @@ def test_callback_is_silent_on_other_processes() -> None:
 
 def test_callback_warns_in_a_training(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "MIN_ENTRIES", 3)
+    monkeypatch.setattr(health, "WINDOW", 1)
     on_policy = {"steps_per_generation": 1, "max_steps": 3, "learning_rate": 1e-6}
     with pytest.warns(UserWarning, match="ERC will do nothing"):
         trainer = make_trainer(erc_low=0.95, erc_high=1.05, callbacks=[DiagnosisCallback()], **on_policy)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from tests.telemetry.made_record import write_record
-from trl_entropy.controls.health import MIN_ENTRIES
 from trl_entropy.telemetry.completions import MARKS
 from trl_entropy.telemetry.figures import FIGURES
 from trl_entropy.telemetry.report import write_report
@@ -189,17 +188,17 @@ def test_result_with_the_accuracy_after_alone_is_shown(tmp_path: Path) -> None:
 
 
 def test_findings_are_at_the_top_run_by_run(tmp_path: Path) -> None:
-    collapsed = [{"step": step, "reward": 0.5, "entropy": 0.8 * 0.8**step} for step in range(2 * MIN_ENTRIES)]
+    collapsed = [{"step": step, "reward": 0.5, "entropy": 0.8 * 0.8**step} for step in range(32)]
     folders = [
         write_run(tmp_path / "collapsed", collapsed),
-        write_run(tmp_path / "calm", history(steps=MIN_ENTRIES)),
-        write_run(tmp_path / "short", history(steps=MIN_ENTRIES - 1)),
+        write_run(tmp_path / "calm", history(steps=16)),
+        write_run(tmp_path / "short", history(steps=15)),
     ]
     text = re.sub(r"\s+", " ", page_of(folders, tmp_path / "report.html").text)
     assert re.search(
         r"Diagnosis collapsed Entropy collapse: .*? Try ce_gppo_alpha2=1 .*? Nothing found in calm:", text
     )
-    assert "fewer than 16 log entries are not judged: short." in text
+    assert "fewer than 16 optimizer steps or 8 log entries are not judged: short." in text
     assert text.index("Diagnosis") < text.index("Training")
 
 
@@ -207,7 +206,7 @@ def test_report_of_a_single_run_needs_no_names(tmp_path: Path) -> None:
     short, quiet = (
         page_of([write_run(tmp_path / str(n), history(steps=n))], tmp_path / "r.html").text for n in (3, 16)
     )
-    assert "fewer than 16 log entries are not judged." in short
+    assert "fewer than 16 optimizer steps or 8 log entries are not judged." in short
     assert "Nothing found" not in short
     assert "Nothing found: no entropy collapse" in quiet
     assert "not judged" not in quiet

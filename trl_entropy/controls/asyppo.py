@@ -110,7 +110,7 @@ def shape(batch: MicroBatch, tokens: PolicyTokens, context: Context, state: None
 def critic_explains_nothing(log_history: LogHistory) -> Finding | None:
     """The critics explain less than `USELESS_VARIANCE` of the variance of the returns."""
     explained = enough(log_history, "asyppo/explained_variance")
-    share = ends(explained)[1] if explained else math.nan
+    share = ends(explained, log_history)[1] if explained else math.nan
     if not share < USELESS_VARIANCE:
         return None
     remedy = (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import check_shapes
 from .control import PPO_CLIP_LOSSES, Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel
-from .health import WINDOW, Finding, LogHistory, ends, enough, finite_values
+from .health import Finding, LogHistory, ends, enough, finite_values, window
 from .importance import clipped_by_ppo, ratio_of
 from .tokens import PolicyTokens, TokenMean
 
@@ -160,8 +160,9 @@ def ce_gppo_runaway(log_history: LogHistory) -> Finding | None:
     rewards, norms = enough(log_history, "reward"), enough(log_history, "grad_norm")
     if not rewards or not norms or not finite_values(log_history, "ce_gppo/low_fraction"):
         return None
-    best = max(fmean(rewards[end - WINDOW : end]) for end in range(WINDOW, len(rewards) + 1))
-    now, (norm_start, norm_now) = ends(rewards)[1], ends(norms)
+    size = window(rewards, log_history)
+    best = max(fmean(rewards[end - size : end]) for end in range(size, len(rewards) + 1))
+    now, (norm_start, norm_now) = ends(rewards, log_history)[1], ends(norms, log_history)
     if not (now < REWARD_LOST_SHARE * best and norm_now > GRADIENT_GROWTH * norm_start):
         return None
     return Finding(

@@ -7,7 +7,7 @@ from torch import Tensor
 from .control import Context, Metrics
 from .entropy_ratios import entropy_ratio, inside_bounds
 from .erc_target import BoundPower, bounds_now
-from .health import WINDOW, Finding, LogHistory, ends, enough, finite_values
+from .health import Finding, LogHistory, ends, enough, finite_values, window
 from .tokens import TokenMean
 
 MUCH_ROUNDING = 0.25
@@ -30,7 +30,8 @@ def clip_is_rounding(log_history: LogHistory) -> Finding | None:
     clipped, rounding = enough(log_history, "erc/clip_fraction"), finite_values(log_history, "erc/rounding_fraction")
     if not clipped or not rounding:
         return None
-    share, by_rounding = ends(clipped)[1], fmean(rounding[-WINDOW:])
+    share = ends(clipped, log_history)[1]
+    by_rounding = fmean(rounding[-window(clipped, log_history) :])
     if not by_rounding > MUCH_ROUNDING * share > 0.0:
         return None
     return Finding(

@@ -3,15 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
 LogHistory = Sequence[dict[str, Any]]
 
 WINDOW = 8
-"""Entries per mean: one rollout of the papers' 8 optimizer steps when every step is logged."""
-MIN_ENTRIES = 2 * WINDOW
-"""Fewer entries of a metric than two windows are no trend."""
+"""Optimizer steps that a mean of a trend covers at least: one rollout by the papers' schedule."""
+MIN_ENTRIES = 8
+"""Fewer entries of a metric are no trend, however many steps each is a mean of."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,39 @@ def finite_values(log_history: LogHistory, key: str) -> list[float]:
     return [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
 
 
+def logged_steps(log_history: LogHistory) -> list[float]:
+    """The optimizer steps that have an entry, in order, each once."""
+    return sorted(set(finite_values(log_history, "step")))
+
+
+def entries_of_window(log_history: LogHistory) -> int:
+    """As many log entries as cover `WINDOW` optimizer steps; each is a mean of the steps since the one before."""
+    every = min((later - step for step, later in pairwise(logged_steps(log_history))), default=1.0)
+    return math.ceil(WINDOW / every)
+
+
+def needed_entries(log_history: LogHistory) -> int:
+    """Entries of a metric that make a trend: two windows, and `MIN_ENTRIES`."""
+    return max(MIN_ENTRIES, 2 * entries_of_window(log_history))
+
+
+def long_enough(log_history: LogHistory) -> bool:
+    """Whether a metric of which every entry has a value makes a trend."""
+    return len(logged_steps(log_history)) >= needed_entries(log_history)
+
+
 def enough(log_history: LogHistory, key: str) -> list[float]:
     """The finite numbers of a metric; none if they are too few for a trend."""
     values = finite_values(log_history, key)
-    return values if len(values) >= MIN_ENTRIES else []
+    return values if len(values) >= needed_entries(log_history) else []
 
 
-def ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means of the first and of the last window."""
-    return fmean(values[:WINDOW]), fmean(values[-WINDOW:])
+def window(values: Sequence[float], log_history: LogHistory) -> int:
+    """Entries per mean of a metric: those that cover `WINDOW` steps; of a longer log a quarter, at most `WINDOW`."""
+    return max(entries_of_window(log_history), min(WINDOW, len(values) // 4))
+
+
+def ends(values: Sequence[float], log_history: LogHistory) -> tuple[float, float]:
+    """Means of the first and of the last window of a metric's values."""
+    size = window(values, log_history)
+    return fmean(values[:size]), fmean(values[-size:])

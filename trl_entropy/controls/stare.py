@@ -25,7 +25,7 @@ from .control import (
     TokenView,
 )
 from .covariance import rollout_column
-from .health import WINDOW, Finding, LogHistory, enough
+from .health import Finding, LogHistory, enough, window
 from .selection import Gather, lowest_fraction
 from .steering import rollout_entropy
 from .tokens import PolicyTokens, TokenMean
@@ -238,14 +238,15 @@ def shape(
 def stare_does_not_hold(log_history: LogHistory) -> Finding | None:
     """The gate is on all the time, and the entropy goes on falling."""
     gates, entropies = enough(log_history, "stare/gate"), enough(log_history, "stare/entropy")
-    if not gates or not entropies or min(gates[-2 * WINDOW :]) < 1.0:
+    size = window(gates, log_history)
+    if not gates or not entropies or min(gates[-2 * size :]) < 1.0:
         return None
-    before, now = fmean(entropies[-2 * WINDOW : -WINDOW]), fmean(entropies[-WINDOW:])
+    before, now = fmean(entropies[-2 * size : -size]), fmean(entropies[-size:])
     if not now < STILL_FALLING * before:
         return None
     return Finding(
         "stare_does_not_hold",
-        f"STARE's gate has been on for {2 * WINDOW} log entries, and the entropy fell from {before:.3g} to {now:.3g} "
+        f"STARE's gate has been on for {2 * size} log entries, and the entropy fell from {before:.3g} to {now:.3g} "
         "nats.",
         "Try stare_adaptive_step=0.01, stare_variant=C2, a larger stare_positive_weight or stare_fraction, or a "
         "smaller learning_rate.",
@@ -320,7 +321,7 @@ STARE = Control(
             "stare",
             "STARE: entropy, gate and weight",
             (
-                Panel("entropy of the rollout (nats)", ("stare/entropy",), guides=("stare/set_point",)),
+                Panel("entropy (nats)", ("stare/entropy",), guides=("stare/set_point",)),
                 Panel("gate", ("stare/gate",)),
                 Panel("weight of the raised", ("stare/positive_weight",)),
             ),

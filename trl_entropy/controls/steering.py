@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .control import Context, Figure, Metric, Panel, Rollout
-from .health import WINDOW, Finding, LogHistory, Rule, enough
+from .health import Finding, LogHistory, Rule, enough, window
 from .tokens import TokenMean
 
 AT_BOUND = 1e-3
@@ -150,7 +150,8 @@ def held_at_bound(prefix: str, name: str, bounds: tuple[float, float], remedy: s
         actuators, errors = enough(log_history, f"{prefix}/actuator"), enough(log_history, f"{prefix}/error")
         if not actuators or not errors:
             return None
-        last, error = actuators[-WINDOW:], fmean(errors[-WINDOW:])
+        size = window(actuators, log_history)
+        last, error = actuators[-size:], fmean(errors[-size:])
         bound = bounds[0] if error < 0.0 else bounds[1]
         if not all(math.isclose(actuator, bound, abs_tol=AT_BOUND) for actuator in last):
             return None

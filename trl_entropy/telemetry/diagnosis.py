@@ -1,7 +1,8 @@
 """What a run's log says about its health, in words, and which field to try.
 
 Every rule reads the trainer's log entries alone, so it works on a finished run (the report) and on one that runs
-(`DiagnosisCallback`). Trends compare the first `WINDOW` entries of a metric with the last `WINDOW`.
+(`DiagnosisCallback`). Trends compare the means of a metric over the first and over the last entries: at least 8 steps
+and, of a longer log, a quarter of the entries, up to 8.
 """
 
 import warnings
@@ -31,8 +32,8 @@ def diagnose(log_history: LogHistory) -> list[Finding]:
     """All findings of a run, in the order of `RULES`.
 
     Args:
-        log_history: Log entries of a transformers trainer. A metric that has fewer than `MIN_ENTRIES` finite values
-            gives no finding; evaluation's metrics are not read.
+        log_history: Log entries of a transformers trainer. A metric that covers fewer than 16 optimizer steps,
+            or has fewer than 8 finite values, gives no finding; evaluation's metrics are not read.
     """
     findings = (rule(log_history) for rule in RULES)
     return [finding for finding in findings if finding is not None]
@@ -66,7 +67,7 @@ def entropy_collapse(log_history: LogHistory) -> Finding | None:
     entropies = enough(log_history, "entropy")
     if not entropies:
         return None
-    start, now = ends(entropies)
+    start, now = ends(entropies, log_history)
     if not 0.0 <= now < COLLAPSE_SHARE * start:
         return None
     return Finding(
@@ -81,7 +82,7 @@ def entropy_explosion(log_history: LogHistory) -> Finding | None:
     entropies = enough(log_history, "entropy")
     if not entropies:
         return None
-    start, now = ends(entropies)
+    start, now = ends(entropies, log_history)
     if not now > EXPLOSION_RATIO * start > 0.0:
         return None
     return Finding(
@@ -149,7 +150,7 @@ def clip_removes_most(log_history: LogHistory) -> Finding | None:
         dropped["PPO-clip"] = ppo if logged else ("clip_ratio/region_mean",), "a larger epsilon"
     for name, (keys, bounds) in dropped.items():
         values = [enough(log_history, key) for key in keys]
-        share = sum(ends(of_key)[1] for of_key in values) if all(values) else 0.0
+        share = sum(ends(of_key, log_history)[1] for of_key in values) if all(values) else 0.0
         if share > MOSTLY_CLIPPED:
             return Finding(
                 "clip_removes_most",
@@ -165,11 +166,11 @@ def groups_without_variance(log_history: LogHistory) -> Finding | None:
     shares = enough(log_history, "frac_reward_zero_std")
     # with critics, a group of equal rewards teaches too
     with_critics = finite_values(log_history, "asyppo/explained_variance")
-    if not shares or with_critics or ends(shares)[1] <= MOSTLY_EQUAL_GROUPS:
+    if not shares or with_critics or ends(shares, log_history)[1] <= MOSTLY_EQUAL_GROUPS:
         return None
     return Finding(
         "groups_without_variance",
-        f"{ends(shares)[1]:.0%} of the groups have the same reward for all their completions: they teach nothing.",
+        f"{ends(shares, log_history)[1]:.0%} of the groups have the same reward for all their completions: they teach nothing.",
         "Take prompts that the policy solves sometimes (neither always nor never), or a larger num_generations or "
         "temperature.",
     )

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..controls.health import MIN_ENTRIES, Finding
+from ..controls.health import MIN_ENTRIES, WINDOW, Finding, long_enough
 from ..files import write_text
 from .completions import MARKS, Completion, completions_of
 from .diagnosis import diagnose
@@ -97,7 +97,7 @@ def _token_page(runs: Sequence[LoggedRun], figure_folder: Path) -> TokenPage:
 
 def _findings(runs: Sequence[LoggedRun]) -> dict[str, list[Finding]]:
     """The findings of each run that its log is long enough for."""
-    return {run.name: diagnose(run.log_history) for run in runs if len(run.log_history) >= MIN_ENTRIES}
+    return {run.name: diagnose(run.log_history) for run in runs if long_enough(run.log_history)}
 
 
 def _render(
@@ -120,6 +120,7 @@ def _render(
         accuracies=[_accuracy_row(run) for run in runs if "accuracy_after" in run.result],
         num_problems=sorted({run.result["num_problems"] for run in runs if "num_problems" in run.result}),
         findings=_findings(runs),
+        min_steps=2 * WINDOW,
         min_entries=MIN_ENTRIES,
         figures=figures,
         missing=[figure.title for figure in FIGURES if figure.name not in {drawn.name for drawn in figures}],
