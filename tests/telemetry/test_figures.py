@@ -206,6 +206,17 @@ def test_panels_are_drawn_below_each_other(axes_of: AxesOf) -> None:
     assert alone.get_ylabel() == "upper"
 
 
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
+def test_label_of_a_panel_is_no_longer_than_the_panel(figure: Figure, axes_of: AxesOf) -> None:
+    """But for the pixel or two that its neighbours leave room for: else it runs into them or off the figure."""
+    keys = {key for panel in figure.panels for key in (panel.keys[0], *panel.guides, *(panel.band or ()))}
+    drawn = axes_of(figure, [LoggedRun("run", [{"step": step, **dict.fromkeys(keys, step / 4)} for step in (1, 2)])])
+    assert [axis.get_ylabel() for axis in drawn] == [panel.label for panel in figure.panels]
+    for axis in drawn:
+        label, box = axis.yaxis.label.get_window_extent(), axis.get_window_extent()
+        assert label.height < 1.05 * box.height, axis.get_ylabel()
+
+
 def test_every_figure_says_what_is_healthy() -> None:
     assert all(figure.reading.startswith("Healthy: ") and figure.reading.endswith(".") for figure in FIGURES)
     assert len({figure.name for figure in FIGURES}) == len(FIGURES)

@@ -143,7 +143,7 @@ ENTROPY_ADVANTAGE = Control(
             "Entropy-based advantage",
             (
                 Panel("added to the advantage", ("entropy_advantage/added",)),
-                Panel("tokens at the bound (share)", ("entropy_advantage/capped_fraction",)),
+                Panel("share at the bound", ("entropy_advantage/capped_fraction",)),
             ),
             "Healthy: what is added falls slowly with the entropy, and most tokens stay below the bound; where nearly "
             "all are at it, every advantage grows by the same share and entropy decides nothing.",

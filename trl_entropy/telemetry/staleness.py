@@ -65,9 +65,9 @@ METRICS = (
 FIGURES = (
     Figure(
         "staleness",
-        "Age of the samples",
+        "Age of the samples, in versions of the weights",
         (
-            Panel("mean age (weight versions)", ("staleness/age",)),
+            Panel("mean age", ("staleness/age",)),
             *(Panel(f"tokens, {NAMES[name]}", (f"staleness/tokens_{name}",)) for name in AGES),
         ),
         "Healthy: a steady mix of ages; an age that grows means that updates outrun the inference server.",
