@@ -5,10 +5,30 @@ from contextlib import contextmanager
 
 from trl_entropy.files import is_full
 
+WRONG = (ValueError, OSError, ImportError)
+"""What says that an argument is wrong, or that what it names is not there."""
+
 
 def in_one_line(error: BaseException) -> str:
     """What an error says, without line breaks."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def one_line_if_wrong(command: str, errors: tuple[type[Exception], ...] = WRONG) -> Iterator[None]:
+    """End the command with one line if its block finds that what it was given is wrong.
+
+    Args:
+        command: Its name.
+        errors: What says so.
+
+    Raises:
+        SystemExit: In place of such an error; any other is raised as it is.
+    """
+    try:
+        yield
+    except errors as error:
+        raise SystemExit(f"trl-entropy {command}: error: {in_one_line(error)}") from error
 
 
 @contextmanager

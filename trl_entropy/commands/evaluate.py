@@ -6,7 +6,7 @@ sample is on the disk before the next batch starts; run again with the same sett
 
 from itertools import pairwise
 
-from trl_entropy.commands.errors import in_one_line, one_line_if_full
+from trl_entropy.commands.errors import one_line_if_full, one_line_if_wrong
 from trl_entropy.commands.fields import FieldParser, arguments_of, read_fields
 from trl_entropy.evaluation.arguments import EvaluateArguments
 from trl_entropy.evaluation.measure import evaluate, prepare
@@ -45,15 +45,11 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With a one-line message if the arguments are wrong, or what a reward function returns is.
     """
     with one_line_if_full("eval", "and run it again: finished samples are kept."):
-        try:
+        with one_line_if_wrong("eval"):
             arguments = parse(argv)
             prepared = prepare(arguments)
-        except (ValueError, OSError, ImportError) as error:
-            raise SystemExit(f"trl-entropy eval: error: {in_one_line(error)}") from error
-        try:
+        with one_line_if_wrong("eval", (RewardError,)):
             results = evaluate(arguments, prepared)["results"]
-        except RewardError as error:
-            raise SystemExit(f"trl-entropy eval: error: {error}") from error
     print(table(results))
     print(f"Means over problems in per cent, with 95 % intervals. Written to {arguments.output_dir}.")
 

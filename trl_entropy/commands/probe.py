@@ -5,7 +5,6 @@ probe computes what that run would.
 """
 
 import argparse
-import gc
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
-from trl_entropy.commands.errors import in_one_line, one_line_if_full
-from trl_entropy.commands.train import TrainingPlan, open_trainer, prepare
+from trl_entropy.commands.errors import one_line_if_full, one_line_if_wrong
+from trl_entropy.commands.train import TrainingPlan, leave_processes, open_trainer, prepare
 from trl_entropy.commands.train_rows import check_number_of_rows
 from trl_entropy.files import write_json
 from trl_entropy.telemetry.rounding import Gates, Measurement, summarise
@@ -146,13 +144,10 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With a one-line message if the arguments are wrong.
     """
     with one_line_if_full("probe", "and run it again."):
-        try:
+        with one_line_if_wrong("probe"):
             probe = prepare_probe(argv)
-        except (ValueError, OSError, ImportError) as error:
-            raise SystemExit(f"trl-entropy probe: error: {in_one_line(error)}") from error
         _measure_and_write(probe)
-    gc.collect()
-    PartialState().destroy_process_group()
+    leave_processes()
 
 
 def _measure_and_write(probe: Probe) -> None:

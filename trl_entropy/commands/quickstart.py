@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config
 
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer, __version__
+from trl_entropy.commands.errors import one_line_if_wrong
 from trl_entropy.commands.quickstart_setups import ARMS, PRETRAINED, SMALL, Setup
 from trl_entropy.evaluation.held_out import Measure
 from trl_entropy.files import write_json
@@ -82,11 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     arguments = _parse(argv)
     transformers_logging.disable_progress_bar()  # its bars for loading and saving files flash by between ours
-    try:
+    with one_line_if_wrong("quickstart", (ImportError, OSError)):
         require_plots()
         model = arguments.model and resolve_model(arguments.model)
-    except (ImportError, OSError) as error:
-        raise SystemExit(f"trl-entropy quickstart: error: {error}") from error
     setup = PRETRAINED if model else SMALL
     torch.set_num_threads(setup.num_threads)
     output, recipe = Path(arguments.output_dir), yaml.safe_load(recipe_path(setup.recipe).read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from trl_entropy.commands.errors import one_line_if_wrong
 from trl_entropy.files import whole_file
 from trl_entropy.recipes import recipe_names, recipe_path
 
@@ -62,15 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     writer.add_argument("destination", nargs="?", help="a file or a folder; the working directory if left out")
     writer.add_argument("--force", action="store_true", help="overwrite a file that is there")
     arguments = parser.parse_args(argv)
-    try:
+    with one_line_if_wrong("recipes", (OSError,)):
         if arguments.action == "show":
             print(recipe_path(arguments.name).read_text(encoding="utf-8"), end="")
         elif arguments.action == "copy":
             print(copy(arguments.name, arguments.destination, arguments.force))
         else:
             print(listing())
-    except OSError as error:
-        raise SystemExit(f"trl-entropy recipes: error: {error}") from error
 
 
 if __name__ == "__main__":

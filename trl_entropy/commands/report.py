@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trl_entropy.commands.errors import one_line_if_full
+from trl_entropy.commands.errors import one_line_if_full, one_line_if_wrong
 from trl_entropy.telemetry.report import write_report
 
 
@@ -21,11 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", help="HTML file (default: report.html, in RUN if there is one RUN, else here)")
     arguments = parser.parse_args(argv)
     folder = arguments.runs[0] if len(arguments.runs) == 1 else "."
-    try:
-        with one_line_if_full("report", "and run it again."):
-            page = write_report(arguments.runs, arguments.output or Path(folder, "report.html"))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"trl-entropy report: error: {error}") from error
+    with one_line_if_wrong("report"), one_line_if_full("report", "and run it again."):
+        page = write_report(arguments.runs, arguments.output or Path(folder, "report.html"))
     print(page)
 
 

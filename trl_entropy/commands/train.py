@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers import set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_entropy.commands.errors import in_one_line, one_line_if_full
+from trl_entropy.commands.errors import one_line_if_full, one_line_if_wrong
 from trl_entropy.commands.train_arguments import TrainArguments, parse
 from trl_entropy.commands.train_models import check_models, check_reward_model, load_tokenizer
 from trl_entropy.commands.train_rows import check_number_of_rows, check_prompts, check_rewards, row_loader
@@ -196,11 +196,14 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With a one-line message if the arguments are wrong.
     """
     with one_line_if_full("train", "and go on with resume_from_checkpoint=auto: the last checkpoint is whole."):
-        try:
+        with one_line_if_wrong("train"):
             plan = prepare(argv)
-        except (ValueError, OSError, ImportError) as error:
-            raise SystemExit(f"trl-entropy train: error: {in_one_line(error)}") from error
         train(plan)
+    leave_processes()
+
+
+def leave_processes() -> None:
+    """Leave the process group, once nothing holds the trainer any more."""
     # The trainer's DDP wrapper must go first: freed after the process group, it can wait for it forever (gloo).
     gc.collect()
     PartialState().destroy_process_group()

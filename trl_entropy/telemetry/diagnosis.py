@@ -166,11 +166,12 @@ def groups_without_variance(log_history: LogHistory) -> Finding | None:
     shares = enough(log_history, "frac_reward_zero_std")
     # with critics, a group of equal rewards teaches too
     with_critics = finite_values(log_history, "asyppo/explained_variance")
-    if not shares or with_critics or ends(shares, log_history)[1] <= MOSTLY_EQUAL_GROUPS:
+    share = ends(shares, log_history)[1] if shares and not with_critics else 0.0
+    if share <= MOSTLY_EQUAL_GROUPS:
         return None
     return Finding(
         "groups_without_variance",
-        f"{ends(shares, log_history)[1]:.0%} of the groups have the same reward for all their completions: they teach nothing.",
+        f"{share:.0%} of the groups have the same reward for all their completions: they teach nothing.",
         "Take prompts that the policy solves sometimes (neither always nor never), or a larger num_generations or "
         "temperature.",
     )
