@@ -1,4 +1,7 @@
-"""The shape of the package: imports point downwards and make no circle, no file and no function outgrows a reader."""
+"""The shape of the package: imports point downwards and make no circle, no file and no function outgrows a reader.
+
+The scripts of `recipes/` are held to the same, but for layers.
+"""
 
 import ast
 import re
@@ -34,6 +37,10 @@ LONGEST_FILE, LONGEST_FUNCTION = 350, 50
 FILES = {".".join(("trl_entropy", *path.relative_to(ROOT).with_suffix("").parts)): path for path in ROOT.rglob("*.py")}
 TREES = {
     name.removesuffix(".__init__"): (path, ast.parse(path.read_text(encoding="utf-8"))) for name, path in FILES.items()
+}
+SCRIPTS = {
+    path.relative_to(ROOT.parent).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT.parent / "recipes").rglob("*.py"))
 }
 
 
@@ -80,15 +87,42 @@ def test_imports_point_downwards(module: str) -> None:
 
 
 def test_imports_make_no_circle() -> None:
+    check_no_circle({module: imports_of(module) for module in TREES})
+
+
+def test_scripts_make_no_circle() -> None:
+    """They import each other by their files' names."""
+    named = {Path(script).stem: script for script in SCRIPTS}
+    check_no_circle(
+        {
+            script: {
+                named[node.module]
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom) and node.module in named
+            }
+            for script, tree in SCRIPTS.items()
+        }
+    )
+
+
+def check_no_circle(graph: dict[str, set[str]]) -> None:
     try:
-        TopologicalSorter({module: imports_of(module) - {module} for module in TREES}).prepare()
+        TopologicalSorter({name: imported - {name} for name, imported in graph.items()}).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 @pytest.mark.parametrize("module", sorted(TREES))
 def test_no_file_and_no_function_is_too_long(module: str) -> None:
-    path, tree = TREES[module]
+    check_length(*TREES[module])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_and_none_of_its_functions_is_too_long(script: str) -> None:
+    check_length(ROOT.parent / script, SCRIPTS[script])
+
+
+def check_length(path: Path, tree: ast.Module) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
     assert not [(name, lines) for name, lines in functions_of(tree) if lines > LONGEST_FUNCTION]
 

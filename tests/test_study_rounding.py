@@ -20,7 +20,8 @@ sys.path.insert(0, str(STUDY))
 
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
-rounding, report = map(importlib.import_module, ("rounding", "rounding_report"))
+MODULES = ("float16", "rounding", "rounding_gates", "rounding_report")
+float16, rounding, gates, report = map(importlib.import_module, MODULES)
 FUSED_HEAD = hasattr(trl.trainer.utils, "add_fused_lm_head")
 cost = importlib.import_module("rounding_cost") if FUSED_HEAD else None
 NEEDS_FUSED_HEAD = pytest.mark.skipif(not FUSED_HEAD, reason="the cost is measured with the fused head of TRL 1.16")
@@ -32,7 +33,7 @@ def equal(first: Pass, second: Pass) -> bool:
     return torch.equal(first.logps, second.logps) and torch.equal(first.entropies, second.entropies)
 
 
-class Float16(rounding.Float16Anywhere, RoundingProbe):
+class Float16(float16.Float16Anywhere, RoundingProbe):
     pass
 
 
@@ -81,7 +82,7 @@ def test_float16_products_are_float32s_rounded_once():
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(2, 40, 40, generator=generator).half() for _ in range(2))
     bias = torch.randn(40, generator=generator).half()
-    with rounding.Float16Products():
+    with float16.Float16Products():
         found = (
             first @ second,
             first[0] @ second[0],
@@ -131,7 +132,7 @@ def test_other_gates_by_hand():
     new = Pass(torch.zeros(1, 4), torch.tensor([[0.9, 0.108, 0.0015, 1.0]]))
 
     def clipped(name):
-        return rounding.REMEDIES[name](new, old, mask)[0, :3].tolist()
+        return gates.REMEDIES[name](new, old, mask)[0, :3].tolist()
 
     assert clipped("published") == [True, True, True]
     # (0.0015 + 0.01) / (0.001 + 0.01) = 1.045, and 0.118 / 0.11 = 1.07
@@ -147,8 +148,8 @@ def test_other_gates_by_hand():
     assert clipped("window of 16") == [True, True, True]
     short = Pass(old.logps, torch.tensor([[0.95, 0.15, 0.001, 5.0]]))
     # alone, 0.95 and 1.5; together, 1.101 / 1.101
-    assert rounding.REMEDIES["window of 16"](short, old, mask)[0, :3].tolist() == [False] * 3
-    assert rounding.REMEDIES["published"](short, old, mask)[0, :2].tolist() == [True, True]
+    assert gates.REMEDIES["window of 16"](short, old, mask)[0, :3].tolist() == [False] * 3
+    assert gates.REMEDIES["published"](short, old, mask)[0, :2].tolist() == [True, True]
 
 
 def test_other_gates_are_judged_by_the_published_one_in_float32():
@@ -157,7 +158,7 @@ def test_other_gates_are_judged_by_the_published_one_in_float32():
         Pass(torch.zeros(1, 2), torch.tensor([values])) for values in ([1.0, 0.001], [1.2, 0.002], [1.2, 0.001])
     )
     measured = Measurement(mask, torch.ones(1, 2), old, {}, old, ())
-    found = rounding.remedies(measured, Updated(1, new, exact))
+    found = gates.remedies(measured, Updated(1, new, exact))
     assert found["published"] == {"share": 1.0, "share_float32": 0.5, "precision": 0.5, "recall": 1.0}
     assert found["floor 0.1"] == {"share": 0.5, "share_float32": 0.5, "precision": 1.0, "recall": 1.0}
 
@@ -168,14 +169,14 @@ def test_hindsight_takes_the_most_precise_floor_and_bounds():
     old = Pass(torch.zeros(1, 5), torch.tensor([[1.0, 1.0, 0.001, 1.0, 1.0]]))
     new = Pass(torch.zeros(1, 5), torch.tensor([[1.5, 0.8, 0.0014, 1.0, 9.0]]))
     true = torch.tensor([[True, True, False, False, False]])
-    assert torch.equal(rounding.in_hindsight(new, old, true, mask), true)
-    assert not rounding.in_hindsight(new, old, torch.zeros_like(true), mask).any()
+    assert torch.equal(gates.in_hindsight(new, old, true, mask), true)
+    assert not gates.in_hindsight(new, old, torch.zeros_like(true), mask).any()
     # four of five are enough: the fifth would bring the false one in
     mask = torch.ones(1, 6, dtype=torch.bool)
     old = Pass(torch.zeros(1, 6), torch.full((1, 6), 100.0))
     new = Pass(torch.zeros(1, 6), torch.tensor([[200.0, 190.0, 180.0, 170.0, 110.0, 150.0]]))
     true = torch.tensor([[True, True, True, True, True, False]])
-    assert rounding.in_hindsight(new, old, true, mask).tolist() == [[True, True, True, True, False, False]]
+    assert gates.in_hindsight(new, old, true, mask).tolist() == [[True, True, True, True, False, False]]
 
 
 def test_finished_rows_are_not_made_again(tmp_path, monkeypatch):

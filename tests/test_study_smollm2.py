@@ -22,7 +22,8 @@ sys.path[:0] = [str(STUDY.parent), str(STUDY)]
 
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
-arms, compare, page, problems, train = map(importlib.import_module, ("arms", "compare", "page", "problems", "train"))
+MODULES = ("arms", "compare", "page", "paired", "problems", "train")
+arms, compare, page, paired, problems, train = map(importlib.import_module, MODULES)
 TEXT = (STUDY / "PREREGISTRATION.md").read_text(encoding="utf-8")
 
 
@@ -240,17 +241,17 @@ def test_runs_go_on_where_they_were_killed(tmp_path, monkeypatch):
 
 def test_students_t_by_its_tables():
     for degrees, t in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228)):
-        assert compare.t_quantile(degrees) == pytest.approx(t, abs=1e-3)
-        assert compare.t_probability(t, degrees) == pytest.approx(0.05, abs=1e-4)
-    paired = compare.Paired((1.0, 2.0, 3.0, 4.0, 5.0))
+        assert paired.t_quantile(degrees) == pytest.approx(t, abs=1e-3)
+        assert paired.t_probability(t, degrees) == pytest.approx(0.05, abs=1e-4)
+    five = paired.Paired((1.0, 2.0, 3.0, 4.0, 5.0))
     # 2.776 times the standard deviation 1.581 over the root of 5; t = 3 / 0.7071 = 4.243
-    assert str(paired) == "+3.000 ± 1.963 (5)"
-    assert paired.probability == pytest.approx(0.0132, abs=1e-4)
+    assert str(five) == "+3.000 ± 1.963 (5)"
+    assert five.probability == pytest.approx(0.0132, abs=1e-4)
 
 
 def test_holm_by_hand():
     # the smallest times 4, the next times 3, and never below the one before
-    assert compare.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert paired.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
 
 
 def test_entropy_at_equal_reward_by_hand():
@@ -263,7 +264,7 @@ def test_entropy_at_equal_reward_by_hand():
 def test_verdicts_by_hand():
     def outcome(expected, differences, adjusted):
         test = compare.Test("pass@1", "erc", "ppo-clip", expected)
-        return compare.Outcome(test, compare.Paired(differences) if differences else None, adjusted).verdict
+        return compare.Outcome(test, paired.Paired(differences) if differences else None, adjusted).verdict
 
     assert outcome("higher", (0.1, 0.2), 0.01) == "holds"
     assert outcome("lower", (0.1, 0.2), 0.01) == "opposite"

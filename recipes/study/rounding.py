@@ -21,7 +21,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,19 +31,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.nn.functional as F
+from float16 import Float16Anywhere
 from policies import start
+from rounding_gates import remedies
 from rounding_report import report
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.commands.probe import PRECISIONS, prepare_probe
 from trl_entropy.commands.train import open_trainer, prepare
-from trl_entropy.controls import ENTROPY_FLOOR, entropy_ratio, inside_bounds
 from trl_entropy.pretrained import SMOLLM2, resolve_model
-from trl_entropy.telemetry.rounding import Gates, Measurement, Pass, Updated, agreement, summarise
+from trl_entropy.telemetry.rounding import Gates, Measurement, Pass, Updated, summarise
 from trl_entropy.trainers.probe import RoundingProbe
 
 FOLDER = Path(__file__).parent
@@ -207,39 +206,6 @@ class ExactProbe(TimedProbe):
         return found[0], -(log_probs.exp() * log_probs).sum(-1), *found[2:]
 
 
-class Float16Products(TorchDispatchMode):
-    """Within it, float16 matrix products are made in float32 and rounded once, as a GPU makes them.
-
-    So does a CPU without instructions for float16, but ten times slower.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in FLOAT16_PRODUCTS and args[0].dtype == torch.float16:
-            wide = (arg.float() if isinstance(arg, Tensor) else arg for arg in args)
-            return func(*wide, **(kwargs or {})).half()
-        return func(*args, **(kwargs or {}))
-
-
-FLOAT16_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
-
-
-class Float16Anywhere:
-    """Makes a trainer compute in float16 with scaled gradients where accelerate refuses to: on a CPU."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        device = self.accelerator.device.type
-        self.accelerator.state._mixed_precision = "fp16"  # on a CPU, in place of bfloat16
-        # Accelerate's own, but of a scale with which the first gradients do not overflow
-        self.accelerator.scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with Float16Products() if self.accelerator.device.type == "cpu" else nullcontext():
-            return super().train(*args, **kwargs)
-
-
 class Float16Probe(Float16Anywhere, TimedProbe):
     pass
 
@@ -301,73 +267,6 @@ def run(row: Row, device: str = "cpu") -> dict[str, Any]:
     command = shlex.join(["trl-entropy", "probe", *probed, "--learning_rate", f"{RATES[0]:g}"])
     result = {"row": row.name, "command": command, "pass_seconds": seconds, **found, "updates": updates}
     return json.loads(json.dumps(result), parse_float=_four_digits)
-
-
-Gate = Callable[[Pass, Pass, Tensor], Tensor]
-
-
-def _floor(floor: float) -> Gate:
-    return lambda new, old, mask: _outside(new.entropies, old.entropies, floor)
-
-
-def _change(least: float) -> Gate:
-    return lambda new, old, mask: (
-        _outside(new.entropies, old.entropies) & ((new.entropies - old.entropies).abs() >= least)
-    )
-
-
-def _window(width: int) -> Gate:
-    def mean(entropies: Tensor, mask: Tensor) -> Tensor:
-        kernel = torch.ones(1, 1, width)
-        sums, counts = (
-            F.conv1d(F.pad(values[:, None], ((width - 1) // 2, width // 2)), kernel)[:, 0]
-            for values in (entropies * mask, mask.float())
-        )
-        return sums / counts.clamp(min=1)
-
-    return lambda new, old, mask: _outside(mean(new.entropies, mask), mean(old.entropies, mask))
-
-
-def _outside(entropies: Tensor, old_entropies: Tensor, floor: float = ENTROPY_FLOOR) -> Tensor:
-    return ~inside_bounds(entropy_ratio(entropies, old_entropies, floor), low=0.95, high=1.05)
-
-
-REMEDIES: dict[str, Gate] = {
-    "published": _floor(ENTROPY_FLOOR),
-    **{f"floor {floor:g}": _floor(floor) for floor in (1e-3, 1e-2, 5e-2, 1e-1)},
-    **{f"and a change of {least:g} nats": _change(least) for least in (1e-3, 1e-2, 5e-2)},
-    **{f"window of {width}": _window(width) for width in (4, 16)},
-}
-"""Gates that tell rounding from the policy's change, by what differs from ERC's published one."""
-HINDSIGHT = "best floor and bounds"
-HINDSIGHT_FLOORS, HINDSIGHT_RECALL = (ENTROPY_FLOOR, 1e-3, 1e-2, 5e-2, 1e-1, 3e-1, 1.0), 0.8
-
-
-def remedies(measured: Measurement, update: Updated) -> dict[str, dict[str, float | None]]:
-    """What each gate finds, against what the published one finds in float32."""
-    assert measured.float32 is not None
-    assert update.float32 is not None
-    mask, old, new = measured.mask, measured.rollout, update.trained
-    true = REMEDIES["published"](update.float32, measured.float32, mask) & mask
-    gates = {name: gate(new, old, mask) & mask for name, gate in REMEDIES.items()}
-    gates[HINDSIGHT] = in_hindsight(new, old, true, mask)
-    return {name: agreement(found, true, mask) for name, found in gates.items()}
-
-
-def in_hindsight(new: Pass, old: Pass, true: Tensor, mask: Tensor) -> Tensor:
-    """What a gate finds whose floor and bounds (as far from 1 on either side) are chosen by looking at the answer.
-
-    Of all that find `HINDSIGHT_RECALL` of the true tokens, the most precise: no choice of both does better.
-    """
-    best, precision = torch.zeros_like(mask), 0.0
-    for floor in HINDSIGHT_FLOORS:
-        change = torch.where(mask, entropy_ratio(new.entropies, old.entropies, floor).log().abs(), -1.0)
-        for bound in change[true].unique():
-            found = change >= bound
-            hits = int((found & true).sum())
-            if hits >= HINDSIGHT_RECALL * int(true.sum()) and hits / int(found.sum()) > precision:
-                best, precision = found, hits / int(found.sum())
-    return best
 
 
 def train(arm: str, rate: float, device: str = "cpu") -> dict[str, Any]:

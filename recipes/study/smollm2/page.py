@@ -40,7 +40,6 @@ from compare import (
     QUANTITIES,
     TUNED,
     Outcome,
-    Paired,
     against_control,
     best_arm,
     cell,
@@ -51,6 +50,7 @@ from compare import (
     verdict,
 )
 from epo_oscillation import put_table
+from paired import Paired
 from run import read_results
 
 matplotlib.use("Agg")
