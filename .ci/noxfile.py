@@ -28,6 +28,8 @@ CONTACT_TESTS = [
             "contact",
             "contact_table",
             "controlled",
+            "subclasses",
+            "trl_subclasses",
             "grpo",
             "resume",
             "epo",

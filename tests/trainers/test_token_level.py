@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 
 from tests.conftest import parity_reward
 from tests.processes import on_processes
-from tests.trainers.test_controlled import ColumnTrainer
+from tests.trainers.subclasses import ColumnTrainer
 from tests.trainers.test_grpo import assert_same_weights, trained, weights
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, entropy_controlled
 from trl_entropy.controls import Context

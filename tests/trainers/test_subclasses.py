@@ -1,0 +1,294 @@
+"""The controls for subclasses of TRL's trainer that override what people override."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from tests import reference
+from tests.reference import Settings
+from tests.stubbed import gradients, stub_forward, stubbed_trainer, trainer_gradients
+from tests.trainers.subclasses import (
+    SUBCLASSES,
+    AloneTrainer,
+    AuxiliaryTrainer,
+    BeforeTrainer,
+    ColumnTrainer,
+    EarlyTrainer,
+    GenerationTrainer,
+    LoggingTrainer,
+    ReinforceTrainer,
+    RewardTrainer,
+    ScaledTrainer,
+    made,
+)
+from tests.trainers.test_exact_gradients import BASE, CE_GPPO, ERC, NLL, check, random_batch
+from tests.trainers.test_grpo import assert_same_weights, trained, weights
+from trl_entropy import entropy_controlled
+from trl_entropy.trainers.controlled import config_of
+
+ERC_ALONE = {"erc_low": 0.95, "erc_high": 1.05}
+SHAPED = {**ERC_ALONE, "ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0}
+CONTROLLED = [cls for cls in SUBCLASSES if cls not in (ColumnTrainer, EarlyTrainer, AloneTrainer)]
+
+
+@pytest.mark.parametrize("base", SUBCLASSES)
+def test_no_control_is_bit_for_bit_the_trainer_s_own(
+    make_trainer: Callable[..., Any], tmp_path: Path, base: type
+) -> None:
+    ours = trained(made(make_trainer, base, tmp_path / "ours", max_steps=2))
+    theirs = make_trainer(tmp_path / "own", trainer_class=base, config_class=config_of(base), max_steps=2)
+    start = weights(theirs)
+    assert_same_weights(weights(ours), weights(trained(theirs)))
+    assert any(not torch.equal(start[name], value) for name, value in weights(theirs).items())
+
+
+@pytest.mark.parametrize("base", CONTROLLED)
+def test_controls_train_and_change_the_training(make_trainer: Callable[..., Any], tmp_path: Path, base: type) -> None:
+    theirs = trained(make_trainer(tmp_path / "own", trainer_class=base, config_class=config_of(base)))
+    shaped = ERC_ALONE if base is ReinforceTrainer else SHAPED  # it reads no old log-probs, which CE-GPPO changes
+    controlled = trained(made(make_trainer, base, tmp_path / "ours", **shaped, positive_nll_coef=0.1))
+    assert any(not torch.equal(value, weights(controlled)[name]) for name, value in weights(theirs).items())
+    assert all("erc/clip_fraction" in entry for entry in controlled.state.log_history[:-1])
+    if base is LoggingTrainer:
+        assert all(entry["own"] == 1.0 for entry in controlled.state.log_history)
+
+
+@pytest.mark.parametrize("base", [ScaledTrainer, RewardTrainer, GenerationTrainer, AuxiliaryTrainer])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    make_trainer: Callable[..., Any], tmp_path: Path, base: type
+) -> None:
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "epo_coef": 0.1, **SHAPED}
+    whole = trained(made(make_trainer, base, tmp_path / "run", **settings))
+    resumed = made(make_trainer, base, tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert_same_weights(weights(resumed), weights(whole))
+    args = torch.load(tmp_path / "run" / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert type(args) is entropy_controlled(base).config_class
+    assert args.erc_low == 0.95
+
+
+@pytest.fixture
+def build(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`build(base, settings)`: a controlled trainer on top of the stubbed forward pass."""
+    stub_forward(monkeypatch)
+
+    def built(base: type, s: Settings) -> Any:
+        cls = entropy_controlled(base)
+        return stubbed_trainer(make_trainer, s, trainer_class=cls, config_class=cls.config_class)
+
+    return built
+
+
+LEVELS = ["token", "sequence"]
+S = replace(BASE, **ERC, **CE_GPPO, **NLL)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("base", [RewardTrainer, GenerationTrainer, LoggingTrainer])
+def test_gradients_where_the_loss_is_trl_s(build: Callable[..., Any], base: type, level: str) -> None:
+    s = replace(S, level=level)
+    check(build(base, s), s, *random_batch(1))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_controls_act_on_the_inputs_that_the_override_hands_on(build: Callable[..., Any], level: str) -> None:
+    s = replace(S, level=level)
+    b, inputs = random_batch(1)
+    check(build(BeforeTrainer, s), s, replace(b, advantages=2.0 * b.advantages), inputs)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_a_control_adds_is_not_scaled_with_the_trainer_s_loss(build: Callable[..., Any], level: str) -> None:
+    s = replace(S, level=level)
+    b, inputs = random_batch(1)
+    added = reference.loss(b, s) - reference.loss(b, replace(s, nll_coef=0.0))
+    expected = 3.0 * reference.loss(b, replace(s, nll_coef=0.0)) + added
+    _, found = trainer_gradients(build(ScaledTrainer, s), b, inputs)
+    for got, want in zip(found, gradients(expected, b), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+
+
+def test_a_forward_pass_of_the_override_is_left_alone(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b, inputs = random_batch(1)
+    trainer = build(AuxiliaryTrainer, S)
+    first = torch.full((8, 1), -1.0, dtype=torch.float64, requires_grad=True)
+    stub = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def forward(self: Any, model: Any, ids: Any, mask: Any, kept: int, *args: Any, **kwargs: Any) -> Any:
+        return (first, first.detach(), None) if kept == 1 else stub(self, model, ids, mask, kept, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", forward)
+    _, (found, _) = trainer_gradients(trainer, b, inputs)
+    want, _ = gradients(reference.loss(b, S), b)
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-14)
+
+
+def test_a_loss_of_its_own_gets_the_shaped_advantages(build: Callable[..., Any]) -> None:
+    """ERC on REINFORCE: the gradient of a token outside the band is exactly 0, of the others `-A / tokens`."""
+    b, inputs = random_batch(1)
+    s = replace(BASE, **ERC)
+    _, (found, _) = trainer_gradients(build(ReinforceTrainer, s), b, inputs)
+    count = b.mask.sum().item()
+    for i, t in reference.valid_tokens(b):
+        want = -reference.advantage(b, i, t) / count if reference.keeps_gradient(b, s, i, t) else 0.0
+        assert found[i, t].item() == pytest.approx(want, rel=1e-12, abs=0.0), (i, t)
+
+
+def test_a_loss_that_takes_advantages_as_a_column_is_refused(build: Callable[..., Any]) -> None:
+    """With as many completions as tokens the product would be `(B, B, T)`, and nothing would complain."""
+    b, inputs = random_batch(1)
+    trainer = build(ColumnTrainer, replace(BASE, **ERC))
+    with pytest.raises(ValueError, match=r"one per token, of shape \(8, 7\), .* as if they were one per completion"):
+        trainer_gradients(trainer, b, inputs)
+    takes: tuple[Callable[[Tensor], Tensor], ...] = (
+        *(lambda a: a[:, None], lambda a: torch.unsqueeze(a, 1), lambda a: a[:, None, :]),
+        *(lambda a: a.view(-1, 1), lambda a: a.reshape(-1, 1), lambda a: a.unsqueeze_(1)),
+    )
+    for take in takes:
+        trainer.column = take
+        with pytest.raises(ValueError, match="as if they were one per completion"):
+            trainer_gradients(trainer, b, inputs)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (EarlyTrainer, r"EarlyTrainer\._compute_loss does not read advantages .* would do nothing"),
+        (AloneTrainer, r"AloneTrainer\._compute_loss computes a loss without `self\._get_per_token_logps"),
+    ],
+)
+def test_a_control_without_effect_is_an_error_at_the_first_loss(
+    make_trainer: Callable[..., Any], base: type, said: str
+) -> None:
+    trainer = made(make_trainer, base, **SHAPED)
+    with pytest.raises(RuntimeError, match=said):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_old_log_probs_that_are_not_read_are_an_error_once_a_control_changes_them(build: Callable[..., Any]) -> None:
+    b, inputs = random_batch(1)
+    _ = trainer_gradients(build(ReinforceTrainer, replace(BASE, **ERC)), b, inputs)
+    with pytest.raises(RuntimeError, match=r"ReinforceTrainer\._compute_loss does not read old_per_token_logps "):
+        trainer_gradients(build(ReinforceTrainer, replace(BASE, **CE_GPPO)), b, inputs)
+
+
+def test_trl_s_adaptive_coefficient_needs_trl_s_loss(make_trainer: Callable[..., Any]) -> None:
+    settings = {"target_entropy": 0.3, "target_entropy_by": "coefficient"}
+    with pytest.raises(ValueError, match=r"target_entropy=0\.3.* ReinforceTrainer\._compute_loss, which takes the"):
+        made(make_trainer, ReinforceTrainer, model="no-such/model", **settings)
+    made(make_trainer, ScaledTrainer, **settings)
+
+
+class StepTrainer(GRPOTrainer):
+    """A step of its own, which calls the loss behind `compute_loss`."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = self._compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_step_that_goes_around_compute_loss_is_refused(make_trainer: Callable[..., Any]) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"StepTrainer\.training_step calls `self\._compute_loss` without `self\.co"
+    ):
+        made(make_trainer, StepTrainer, positive_nll_coef=0.5).train()
+    trained(made(make_trainer, StepTrainer, max_steps=1))
+
+
+class ReferenceFirstTrainer(GRPOTrainer):
+    """A loss of its own whose first forward pass is the reference's."""
+
+    with_entropy = True
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        length = inputs["completion_ids"].size(1)
+        forward = self._get_per_token_logps_and_entropies
+        with torch.no_grad():
+            ref, *_ = forward(self.ref_model or model, ids, torch.ones_like(ids), length)
+        logps, *_ = forward(model, ids, torch.ones_like(ids), length, compute_entropy=self.with_entropy)
+        return ((logps - ref.clone()) ** 2 - logps * inputs["advantages"].view(len(ids), -1)).mean()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_the_reference_s_forward_pass_is_not_the_loss_s(
+    make_trainer: Callable[..., Any], tmp_path: Path, beta: float
+) -> None:
+    runs = [
+        trained(made(make_trainer, ReferenceFirstTrainer, tmp_path / name, beta=beta, max_steps=1, **controls))
+        for name, controls in (("off", {}), ("on", {"positive_nll_coef": 0.5}))
+    ]
+    assert any(not torch.equal(value, weights(runs[1])[name]) for name, value in weights(runs[0]).items())
+    trainer = made(make_trainer, ReferenceFirstTrainer, tmp_path / "none", beta=beta, positive_nll_coef=0.5)
+    trainer.with_entropy = False
+    with pytest.raises(RuntimeError, match=r"ReferenceFirstTrainer\._compute_loss calls .* without `compute_entropy="):
+        trainer.train()
+
+
+class AfterTrainer(GRPOTrainer):
+    """Reads its inputs after TRL's loss."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        before = dict(inputs)
+        loss = super()._compute_loss(model, inputs)
+        assert all(inputs[name] is value for name, value in before.items())
+        return loss
+
+
+def test_an_override_finds_its_inputs_as_they_were(build: Callable[..., Any]) -> None:
+    check(build(AfterTrainer, S), S, *random_batch(1))
+
+
+def test_a_configuration_that_the_trainer_makes_itself_is_checked(make_trainer: Callable[..., Any]) -> None:
+    class SettingsTrainer(ReinforceTrainer):
+        def __init__(self, *, settings: dict[str, Any], **kwargs: Any) -> None:
+            super().__init__(**settings, **kwargs)
+
+    cls = entropy_controlled(SettingsTrainer, config_class=GRPOConfig)
+
+    def construct(*, args: Any, **given: Any) -> Any:
+        return cls(settings={"args": args}, **given)
+
+    with pytest.raises(ValueError, match=r"target_entropy=0\.3.* ReinforceTrainer\._compute_loss, which takes the"):
+        make_trainer(trainer_class=construct, target_entropy=0.3, target_entropy_by="coefficient")
+
+
+class ShuffledTrainer(GRPOTrainer):
+    """Hands on the rows of a rollout in another order."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        return {name: value.flip(0) if value.dim() else value for name, value in output.items()}
+
+
+class UnscoredTrainer(GRPOTrainer):
+    """Makes its rollout anew, without `_calculate_rewards`."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self.__dict__["_calculate_rewards"] = lambda *args: GRPOTrainer._calculate_rewards(self, *args)
+        return super()._generate_and_score_completions(inputs)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (ShuffledTrainer, r"ShuffledTrainer\._generate_and_score_completions .*(other completions|does not take)"),
+        (UnscoredTrainer, r"UnscoredTrainer\._generate_and_score_completions scores a rollout without"),
+    ],
+)
+def test_a_rollout_whose_rewards_are_unknown_is_refused(
+    make_trainer: Callable[..., Any], base: type, said: str
+) -> None:
+    with pytest.raises(RuntimeError, match=said):
+        made(make_trainer, base, positive_nll_coef=0.1).train()
+    trained(made(make_trainer, base, ce_gppo_alpha1=0.5, ce_gppo_alpha2=1.0))  # needs neither
