@@ -5,6 +5,7 @@ import glob
 import math
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,14 +47,15 @@ def test_resume_equals_an_uninterrupted_run(make_trainer, tmp_path, tiny_dataset
     assert again == logged(whole, "reward")
 
 
+@pytest.mark.parametrize("folder", [str, Path])
 @pytest.mark.parametrize("max_steps", [3, 2])
-def test_resumed_from_its_end_a_run_takes_no_more_steps(make_trainer, tmp_path, max_steps):
+def test_resumed_from_its_end_a_run_takes_no_more_steps(make_trainer, tmp_path, max_steps, folder):
     """As a job that is started again after it has finished. transformers would take a fourth step."""
     settings = {"save_strategy": "steps", "save_steps": 3, **ALL_CONTROLS}
     whole = make_trainer(tmp_path / "run", max_steps=3, **settings)
     whole.train()
     resumed = make_trainer(tmp_path / "run", max_steps=max_steps, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=folder(tmp_path / "run" / "checkpoint-3"))
     assert resumed.state.global_step == 3
     assert_same_weights(weights(resumed), weights(whole))
     again = make_trainer(tmp_path / "run", max_steps=4, **settings)

@@ -115,7 +115,11 @@ class ExactResume(Trainer):
     def load_controls(self, checkpoint: str) -> None:
         """Read what `save_controls` wrote."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
         self._steps_before = _steps_of(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else 0
