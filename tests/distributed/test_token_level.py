@@ -1,0 +1,64 @@
+"""Token rewards of a group that is spread over two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from . import token_level_worker as worker
+
+SCRIPT = Path(worker.__file__)
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """What the processes of one and of two ended with."""
+    found = []
+    for count in (1, 2):
+        folder = tmp_path_factory.mktemp(f"{count}_processes")
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+        command = [sys.executable, *launcher, str(SCRIPT), tiny_model_path, str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append([torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(count)])
+    return found
+
+
+def by_hand(case: str) -> list[list[float]]:
+    """The advantages of the group's tokens."""
+    given = [worker.values(index) for index in range(worker.GROUP)]
+    if case == "token_advantages":
+        return given
+    ended = [worker.completion(index)[-1] == worker.EOS for index in range(worker.GROUP)]
+    texts = ["x" * (length - end) for length, end in zip(worker.LENGTHS, ended, strict=True)]
+    rewards = torch.tensor(worker.rewards(texts))
+    of_completions = ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).tolist()
+    baseline = sum(map(sum, given)) / worker.GROUP
+    found = []
+    for index, row in enumerate(given):
+        counts = case != "masked" or ended[index]
+        found.append(
+            [of_completions[index] + sum(row[t:]) - baseline if counts else 0.0 for t in range(worker.LENGTHS[index])]
+        )
+    return found
+
+
+@pytest.mark.parametrize("case", worker.CASES)
+def test_the_group_is_whole_on_every_process(results: list[list[dict[str, Any]]], case: str) -> None:
+    one, two = ([process[case] for process in processes] for processes in results)
+    assert [process["processes"] for process in (*one, *two)] == [1, 2, 2]
+    expected = by_hand(case)
+    for processes in (one, two):
+        found = [row for process in processes for row in process["advantages"]]
+        assert len(found) == worker.GROUP
+        for row, want in zip(found, expected, strict=True):
+            assert row == pytest.approx(want, abs=1e-5)
+    assert (len(one[0]["logged"]) > 0) == (case != "token_advantages")
+    for process in two:
+        assert process["logged"] == pytest.approx(one[0]["logged"], rel=1e-6)
+        torch.testing.assert_close(process["weights"], one[0]["weights"], rtol=1e-5, atol=1e-6)
