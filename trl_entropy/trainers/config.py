@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig, GRPOTrainer
 
@@ -94,7 +94,7 @@ class EntropyControls(ERCFields, CEGPPOFields, EPOFields, ControlChecks):
 
 
 @dataclass
-class GRPOControls(
+class GroupControls(
     EntropyControls,
     QAEFields,
     EntropyAdvantageFields,
@@ -111,7 +111,7 @@ class GRPOControls(
     TargetEntropyFields,
     Config,
 ):
-    """The controls' fields and checks for any configuration of GRPO; all off by default.
+    """The fields of the controls that GRPO takes, synchronous or not; all off by default.
 
     Each control's fields are described in its module of `trl_entropy.controls`; `trl-entropy methods` lists them.
 
@@ -119,10 +119,6 @@ class GRPOControls(
         record_tokens (`int`, *optional*, defaults to `0`):
             Tokens of every optimizer step that each process records into `tokens/` of `output_dir`, with what the
             controls did to them; 0 is off. `trl-entropy report` draws them. 256 is a good number.
-
-    Raises:
-        ValueError: If a value is out of its range, or if two fields contradict each other; the message names the
-            fields, their values and what to set.
     """
 
     record_tokens: int = field(
@@ -135,13 +131,30 @@ class GRPOControls(
         """Upper half-width of the clip range: `epsilon_high`, or `epsilon` where that is not set."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
+    def check_controls(self) -> None:
+        super().check_controls()
+        if self.record_tokens < 0:
+            raise ValueError(f"record_tokens={self.record_tokens} must be at least 0; 0 is off, 256 a good number.")
+
+
+@dataclass
+class GRPOControls(GroupControls):
+    """The controls' fields and checks for any configuration of GRPO; all off by default.
+
+    [`GroupControls`] has the fields.
+
+    Raises:
+        ValueError: If a value is out of its range, or if two fields contradict each other; the message names the
+            fields, their values and what to set.
+    """
+
     @property
     def loss_is_hidden(self) -> bool:
         """Whether `use_liger_kernel` takes the loss to where no control reaches it: TRL below 1.14 has such a loss."""
         return self.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __post_init__(self, *init_vars: Any) -> None:
+        super().__post_init__(*init_vars)
         self.check_controls()
         for control in controls_of(self):
             self._check_loss(control)
@@ -174,8 +187,6 @@ class GRPOControls(
             )
 
     def _check_recording(self) -> None:
-        if self.record_tokens < 0:
-            raise ValueError(f"record_tokens={self.record_tokens} must be at least 0; 0 is off, 256 a good number.")
         if self.recording_enabled and self.loss_is_hidden:
             raise ValueError(
                 f"record_tokens={self.record_tokens} with use_liger_kernel=True: on TRL 1.12 and 1.13 the loss is "
