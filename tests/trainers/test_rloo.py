@@ -104,6 +104,32 @@ def test_gradients(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
 
 
+def test_an_infinite_ratio_beside_an_added_loss(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a completion whose advantage is 0, which would make the loss NaN; the others are as they are without it."""
+    b, inputs = random_batch(1)
+    b.lp, b.entropy = (one.detach().float().requires_grad_() for one in (b.lp, b.entropy))
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, None]:
+        return b.lp, b.entropy, None
+
+    monkeypatch.setattr(RLOOTrainer, "_get_per_token_logps_and_entropies", forward)
+    trainer = make_trainer(**OURS, positive_nll_coef=0.3)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    near = (b.lp * b.mask).sum(1).detach() - 0.1
+    advantages = b.advantages.float().index_fill(0, torch.tensor([2]), 0.0)
+    found = []
+    for old in (near, near.index_add(0, torch.tensor([2]), torch.tensor([-100.0]))):
+        given = inputs | {"advantages": advantages, "old_logps": old, "num_trajectories": torch.tensor(8)}
+        loss = trainer.compute_loss(trainer.model, given)
+        found.append(torch.autograd.grad(loss, b.lp)[0])
+    assert torch.equal(found[0], found[1])
+    assert bool(found[0].isfinite().all())
+    assert found[0][2].any() == bool(b.rewards[2] >= 1.0)  # type: ignore[index]
+
+
 def test_qae_takes_the_quantile_of_rloo_s_advantages(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
     """Rewards of 0 and 1 in groups of four: `4/3 (R - Q)`, and Q is 0 iff the mean reward is at most 0.6."""
     outputs = []

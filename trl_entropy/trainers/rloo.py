@@ -9,7 +9,7 @@ from packaging.version import Version
 from torch import Tensor
 from trl import RLOOConfig, RLOOTrainer
 
-from ..controls import MicroBatch
+from ..controls import MicroBatch, bounded_old_logps
 from ..controls.epo import EPOFields
 from ..controls.positive_nll import PositiveNLLFields
 from ..controls.qae import QAEFields
@@ -40,8 +40,8 @@ class RLOOControls(QAEFields, EPOFields, PositiveNLLFields, ControlChecks):
         ValueError: If a value is out of its range, or with EPO on a TRL whose RLOO has entropies without a graph.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]
+    def __post_init__(self, *init_vars: Any) -> None:
+        super().__post_init__(*init_vars)  # type: ignore[misc]
         self.check_controls()
         if self.epo_enabled and Version(trl.__version__) < Version(ENTROPIES_WITH_GRADIENTS):
             raise ValueError(
@@ -101,6 +101,13 @@ class RLOOControlMixin(EntropyControlMixin):
 
     def _micro_batch(self, call: LossCall) -> MicroBatch:
         return replace(super()._micro_batch(call), old_entropies=call.inputs.get("old_entropies"))
+
+    @torch.no_grad()
+    def _bound_importance_ratio(self, call: LossCall) -> None:
+        logps, old_logps = call.logps.detach(), call.inputs.get("old_logps")
+        if old_logps is not None:
+            log_weight = (logps * call.inputs["completion_mask"]).sum(1) - old_logps
+            call.inputs["old_logps"] = bounded_old_logps(old_logps.unsqueeze(1), log_weight.unsqueeze(1)).squeeze(1)
 
     def added_loss(self, call: LossCall) -> Tensor | None:
         added = super().added_loss(call)
