@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.telemetry.recorder import Schedule, TokenRecorder
+from trl_entropy.trainers.recording import add_recorder
 
 CPU_SIZES = ["5M-8k-256", "24M-32k-512"]
 CONTROLS = {"no control": OFF, "erc": {**OFF, **ERC}}
@@ -67,7 +68,9 @@ def rollout(
     """Seconds of the optimizer steps of one rollout, and those of them that the recorder took."""
     controls, tokens = arm
     switch(trainer, {**CONTROLS[controls], "record_tokens": tokens})
-    trainer._recorder = trainer._make_recorder() if tokens else None
+    trainer._recorder = (
+        add_recorder(trainer, trainer._tokenizer, trainer._micro_batches_per_rollout) if tokens else None
+    )
     if trainer._recorder is not None:
         trainer._recorder.start(0, Schedule(1, steps, RUN_STEPS))
     on_gpu = trainer.accelerator.device.type == "cuda"

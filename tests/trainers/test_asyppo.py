@@ -18,7 +18,7 @@ from transformers import (
 from tests.conftest import VOCABULARY
 from tests.stubbed import stub_forward
 from tests.trainers.test_grpo import ALL_CONTROLS, assert_same_weights, logged, weights
-from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig
+from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 from trl_entropy.critics import CriticEnsemble, explained_variance
 
 CLASSIC = {"num_critics": 1, "advantage_mask_fraction": 0.0, "entropy_filter_fraction": 0.0}
@@ -471,6 +471,13 @@ def test_another_config_is_refused(tmp_path):
     args = EntropyGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(TypeError, match="args=EntropyGRPOConfig must be an AsyPPOConfig"):
         AsyPPOTrainer("no/such-model", args=args, critics="none")
+
+
+def test_its_configuration_is_refused_where_there_are_no_critics(tmp_path):
+    """Its losses would have no advantages of critics to mask."""
+    args = AsyPPOConfig(str(tmp_path), **BONUS, use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match="AsyPPO cannot be used with EntropyGRPOTrainer, which has no critics"):
+        EntropyGRPOTrainer("no/such-model", lambda **_: [], args)
 
 
 def test_resumed_under_another_schedule_the_critics_go_on(make_asyppo, tmp_path):

@@ -2,18 +2,19 @@
 
 import multiprocessing
 import pickle
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trl
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig
 
 from tests.trainers.subclasses import BeforeTrainer, LoggingTrainer, ScaledConfig, ScaledTrainer
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer, entropy_controlled
 from trl_entropy.trainers import EntropyControlMixin
-from trl_entropy.trainers.controlled import config_of
+from trl_entropy.trainers.controlled import config_of, controlled_config
 
 if TYPE_CHECKING:
     from nowhere import Missing  # type: ignore[import-not-found]
@@ -130,6 +131,39 @@ class TakenTrainer(GRPOTrainer):
         """Something else."""
 
 
+class StoringTrainer(GRPOTrainer):
+    """Its attributes `mode` and `active` are its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.mode = "chain of thought"
+        super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        def switch_on() -> None:
+            self.active, self.own = True, 1
+
+        switch_on()
+        return super().train(*args, **kwargs)
+
+
+class AnnotatedTrainer(GRPOTrainer):
+    """Annotates and stores attributes that TRL's trainer has too."""
+
+    reward_funcs: list[Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reward_funcs = [*self.reward_funcs]
+        self._step = 0
+
+
+@dataclass
+class StoringConfig(GRPOConfig):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.recording_enabled = True
+
+
 def test_the_configuration_class_is_found() -> None:
     found = {cls: config_of(cls) for cls in (NoArgsTrainer, BelowScaledTrainer, NamesakeTrainer, BeforeTrainer)}
     assert found == {
@@ -141,6 +175,69 @@ def test_the_configuration_class_is_found() -> None:
     assert entropy_controlled(UnknownTrainer, config_class=ScaledConfig).config_class.scale == 3.0
 
 
+def test_the_trainer_s_module_need_not_be_imported() -> None:
+    """As that of a file which is executed."""
+    module = ModuleType("executed_file")
+    source = """
+from dataclasses import dataclass
+
+from trl import GRPOConfig, GRPOTrainer
+
+
+@dataclass
+class OwnConfig(GRPOConfig):
+    pass
+
+
+@dataclass
+class NamedConfig(GRPOConfig):
+    pass
+
+
+class AnnotatedTrainer(GRPOTrainer):
+    def __init__(self, model, reward_funcs, args: "OwnConfig | None" = None):
+        super().__init__(model, reward_funcs, args)
+
+
+class NamedTrainer(GRPOTrainer):
+    def __init__(self, model, reward_funcs, args=None):
+        super().__init__(model, reward_funcs, args)
+"""
+    exec(source, vars(module))
+    assert entropy_controlled(module.AnnotatedTrainer).config_class is controlled_config(module.OwnConfig)
+    assert config_of(module.NamedTrainer) is module.NamedConfig
+
+
+def test_what_trl_has_may_be_annotated_and_stored() -> None:
+    assert issubclass(entropy_controlled(AnnotatedTrainer), AnnotatedTrainer)
+
+
+@pytest.mark.parametrize("base", [GRPOConfig, RLOOConfig])
+def test_a_configuration_with_a_variable_of_its_init(tmp_path: Path, base: Any) -> None:
+    @dataclass
+    class InitConfig(base):  # type: ignore[misc]
+        doubled: InitVar[int] = 1
+        result: int = 0
+
+        def __post_init__(self, doubled: int) -> None:
+            super().__post_init__()
+            self.result = 2 * doubled
+
+    settings = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    config = controlled_config(InitConfig)(doubled=4, positive_nll_coef=0.1, **settings)
+    assert (config.result, config.positive_nll_coef) == (8, 0.1)
+    with pytest.raises(ValueError, match=r"positive_nll_coef=-1"):
+        controlled_config(InitConfig)(positive_nll_coef=-1.0, **settings)
+
+
+def test_another_configuration_for_what_has_the_controls_is_refused() -> None:
+    cls = entropy_controlled(ScaledTrainer)
+    assert entropy_controlled(cls, config_class=cls.config_class) is cls
+    for given, config_class in ((cls, ScaledConfig), (AsyPPOTrainer, EntropyGRPOConfig), (BelowTrainer, BelowConfig)):
+        with pytest.raises(TypeError, match=rf"{given.__name__} has the controls already, with \w+: config_class="):
+            entropy_controlled(given, config_class=config_class)
+
+
 @pytest.mark.parametrize(
     ("trainer_class", "config_class", "said"),
     [
@@ -149,6 +246,8 @@ def test_the_configuration_class_is_found() -> None:
         (BeforeTrainer, TakenConfig, r"TakenConfig and the entropy controls both have epo_coef, with another meaning"),
         (BeforeTrainer, ByHandConfig, r"ByHandConfig\.__init__ is written by hand.* dataclass"),
         (TakenTrainer, None, r"TakenTrainer and the entropy controls both have on_rollout, with another meaning"),
+        (StoringTrainer, None, r"StoringTrainer and the entropy controls both have active, mode, with another"),
+        (BeforeTrainer, StoringConfig, r"StoringConfig and the entropy controls both have recording_enabled, with an"),
         (trl.SFTTrainer, None, r"SFTTrainer is not a subclass of trl\.GRPOTrainer"),
         ("GRPOTrainer", None, r"'GRPOTrainer' is not a subclass of trl\.GRPOTrainer"),
     ],

@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from tests import reference
+from tests.distributed.gradients_worker import CONTROLS as EACH
 from tests.reference import Settings
 from tests.stubbed import gradients, stub_forward, stubbed_trainer, trainer_gradients
 from tests.trainers.subclasses import (
@@ -29,7 +30,8 @@ from tests.trainers.subclasses import (
 )
 from tests.trainers.test_exact_gradients import BASE, CE_GPPO, ERC, NLL, check, random_batch
 from tests.trainers.test_grpo import assert_same_weights, trained, weights
-from trl_entropy import entropy_controlled
+from trl_entropy import EntropyGRPOConfig, entropy_controlled
+from trl_entropy.controls import CONTROLS, controls_of
 from trl_entropy.trainers.controlled import config_of
 
 ERC_ALONE = {"erc_low": 0.95, "erc_high": 1.05}
@@ -57,6 +59,55 @@ def test_controls_train_and_change_the_training(make_trainer: Callable[..., Any]
     assert all("erc/clip_fraction" in entry for entry in controlled.state.log_history[:-1])
     if base is LoggingTrainer:
         assert all(entry["own"] == 1.0 for entry in controlled.state.log_history)
+
+
+class HandsOnTrainer(GRPOTrainer):
+    """Overrides what the controls build on, and hands on copies."""
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        return {**super()._prepare_inputs(generation_batch)}
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        return {**super()._generate_and_score_completions([*inputs])}
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list).clone()
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return super().compute_loss(model, {**inputs}, *args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        return super()._compute_loss(model, {**inputs})
+
+
+EVERY: dict[str, dict[str, Any]] = {
+    **{name: settings for name, settings in EACH.items() if "asyppo" not in name},
+    "coefficient": {"target_entropy": 9.0, "target_entropy_by": "coefficient"},
+}
+"""Settings that switch on each control that is no critics'."""
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_subclass_that_hands_on_trains_as_trl_s_own_does(
+    make_trainer: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    """Bit for bit, so what the reference says of `EntropyGRPOTrainer` it says of a subclass."""
+    settings = {"max_steps": 3, "learning_rate": 3e-2, **EVERY[name]}
+    theirs = trained(make_trainer(tmp_path / "trl", **settings))
+    ours = trained(made(make_trainer, HandsOnTrainer, tmp_path / "ours", **settings))
+    assert_same_weights(weights(ours), weights(theirs))
+    clocks = ("train_runtime", "train_samples", "train_steps", "step_time", "profiling")
+    for first, second in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+        assert {key: value for key, value in first.items() if not key.startswith(clocks)} == {
+            key: value for key, value in second.items() if not key.startswith(clocks)
+        }
+
+
+def test_every_control_is_among_them(tmp_path: Path) -> None:
+    args = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "steps_per_generation": 4}
+    configs = [EntropyGRPOConfig(**args, **settings) for settings in EVERY.values()]
+    on = {control.prefix for config in configs for control in controls_of(config)}
+    assert on == {control.prefix for control in CONTROLS if not control.comes_with_critics}
 
 
 @pytest.mark.parametrize("base", [ScaledTrainer, RewardTrainer, GenerationTrainer, AuxiliaryTrainer])
@@ -203,6 +254,54 @@ def test_a_step_that_goes_around_compute_loss_is_refused(make_trainer: Callable[
     ):
         made(make_trainer, StepTrainer, positive_nll_coef=0.5).train()
     trained(made(make_trainer, StepTrainer, max_steps=1))
+
+
+class TwiceTrainer(GRPOTrainer):
+    """Calls TRL's loss twice, as for two views of a micro-batch."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        return super()._compute_loss(model, inputs) + super()._compute_loss(model, inputs)
+
+
+class AroundTrainer(GRPOTrainer):
+    """Calls TRL's loss by the name of its class."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        return GRPOTrainer._compute_loss(self, model, inputs)
+
+
+class RenamedTrainer(ReinforceTrainer):
+    """A loss whose advantages have another name."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        forward = self._get_per_token_logps_and_entropies
+        logps, *_ = forward(model, ids, torch.ones_like(ids), inputs["completion_ids"].size(1), compute_entropy=True)
+        return -(logps * inputs["scores"].unsqueeze(1)).mean()
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        inputs = dict(super()._prepare_inputs(generation_batch))
+        return inputs | {"scores": inputs.pop("advantages")}
+
+
+@pytest.mark.parametrize("settings", [{"positive_nll_coef": 0.5}, {"record_tokens": 8}], ids=["nll", "recorded"])
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (TwiceTrainer, r"^TwiceTrainer\._compute_loss calls TRL's loss twice in one micro-batch"),
+        (
+            AroundTrainer,
+            r"^AroundTrainer\._compute_loss does not reach TRL's loss through `super\(\)\._compute_loss`",
+        ),
+        (RenamedTrainer, r"^RenamedTrainer\._compute_loss has inputs without `advantages`, on which the entropy con"),
+    ],
+)
+def test_a_loss_that_the_controls_cannot_follow_is_named(
+    make_trainer: Callable[..., Any], tmp_path: Path, base: type, said: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(RuntimeError, match=said):
+        made(make_trainer, base, tmp_path / "on", **settings).train()
+    trained(made(make_trainer, base, tmp_path / "off", max_steps=1))
 
 
 class ReferenceFirstTrainer(GRPOTrainer):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -170,11 +171,15 @@ def test_a_dict_of_rewards_alone_is_a_list_of_rewards(make_trainer: Callable[...
     assert_same_weights(weights(plain), weights(given))
 
 
-def rollout(name: str) -> Callable[..., Any]:
-    """A rollout function whose episodes are two turns of the model with an answer between them."""
+def rollout(name: str, truncated: int = 0) -> Callable[..., Any]:
+    """A rollout function whose episodes are two turns of the model with an answer between them.
+
+    The first `truncated` of every four do not end.
+    """
 
     def rolls(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
-        completions = [[2 + i % 4, 5, 6, 7, 3 + i % 3, 1] for i in range(len(prompts))]
+        ends = [4 if i % 4 < truncated else 1 for i in range(len(prompts))]
+        completions = [[2 + i % 4, 5, 6, 7, 3 + i % 3, end] for i, end in enumerate(ends)]
         return {
             "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
             "completion_ids": completions,
@@ -200,6 +205,60 @@ def test_a_rollout_function_s_field_and_the_answers_of_a_tool(make_trainer: Call
     # the tokens differ by what they are credited with alone
     torch.testing.assert_close((found - to_go)[:, 0], (found - to_go)[:, 4], rtol=0, atol=1e-6)
     torch.testing.assert_close(found[:, 0] - found[:, 1], values[:, 0], rtol=0, atol=1e-6)
+
+
+def test_a_truncated_completion_that_is_masked_is_in_its_group_s_mean(
+    make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As its reward is in TRL's, though its own tokens do not count."""
+    trainers = [
+        make_trainer(tmp_path / name, rollout_func=rollout(name, truncated=1), mask_truncated_completions=True)
+        for name in ("unknown_field", "token_rewards")
+    ]
+    plain, output = map(rolled_out, trainers)
+    written = torch.tensor([1, 1, 0, 0, 1, 1]).bool().expand(8, 6)
+    counted = output["completion_mask"].bool() & output["tool_mask"].bool()
+    assert counted.any(1).tolist() == [False, True, True, True] * 2
+    rewards = torch.where(written, torch.tensor([numbers(ids) for ids in output["completion_ids"].tolist()]), 0.0)
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    baseline = to_go[:, 0].view(2, 4).mean(1).repeat_interleave(4)
+    want = torch.where(counted, plain["advantages"].unsqueeze(1) + to_go - baseline.unsqueeze(1), 0.0)
+    torch.testing.assert_close(output["advantages"], want, rtol=0, atol=1e-6)
+    assert trainers[1]._metrics["train"]["token_rewards"] == [pytest.approx(rewards.sum(1).mean().item(), abs=1e-6)]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "bfloat16", "array"])
+@pytest.mark.parametrize("source", ["reward", "rollout"])
+@pytest.mark.parametrize("name", ["token_rewards", "token_advantages"])
+def test_a_tensor_or_an_array_is_its_rows(
+    make_trainer: Callable[..., Any], tmp_path: Path, name: str, source: str, kind: str
+) -> None:
+    """Wider than the completions, with what is no number behind them."""
+    makes = {
+        "tensor": torch.tensor,
+        "bfloat16": lambda table: torch.tensor(table, dtype=torch.bfloat16, requires_grad=True),
+        "array": np.array,
+    }
+
+    def as_table(rows: list[list[float]]) -> Any:
+        return makes[kind]([[*row, *[float("nan")] * (9 - len(row))] for row in rows])
+
+    def rolls(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        output = rollout(name)(prompts, trainer)
+        return output | {name: as_table(output[name])}
+
+    def graded(completions: list[str], completion_ids: list[list[int]], **kwargs: Any) -> dict[str, Any]:
+        output = dense(name)(completions, completion_ids)
+        return output | {name: as_table(output[name])}
+
+    listed = {"rollout_func": rollout(name)} if source == "rollout" else {"reward_funcs": dense(name)}
+    tabled: dict[str, Any] = {"rollout_func": rolls} if source == "rollout" else {"reward_funcs": graded}
+    want, found = (
+        rolled_out(make_trainer(tmp_path / folder, **given)) for folder, given in (("a", listed), ("b", tabled))
+    )
+    assert torch.equal(found["completion_ids"], want["completion_ids"])
+    torch.testing.assert_close(found["advantages"], want["advantages"], rtol=0, atol=1e-6)
+    assert want["advantages"].dim() == 2
 
 
 @pytest.mark.parametrize("name", ["token_rewards", "token_advantages"])
@@ -283,6 +342,14 @@ def whole(ids: list[list[int]]) -> list[float]:
         (
             {"rewards": whole, "token_advantages": lambda ids: [None, *zeros(ids)[1:]]},
             r"tokens and none of its number",
+        ),
+        (
+            {"rewards": whole, "token_rewards": lambda ids: torch.zeros(len(ids), 1)},
+            r"completion 0 has . tokens and 1 of its numbers are given",
+        ),
+        (
+            {"rewards": whole, "token_rewards": lambda ids: torch.zeros(len(ids))},
+            r"token_rewards of graded has the shape \(8,\); give \(completions, tokens\), or a list per completion",
         ),
         ({"token_rewards": zeros}, r"graded returned a dict with 'token_rewards': it must have 'rewards'"),
         ({"rewards": whole, "per_token": zeros}, r"graded returned a dict with 'rewards', 'per_token'"),

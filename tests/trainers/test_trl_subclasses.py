@@ -132,6 +132,19 @@ def test_a_replay_buffer_with_a_control_that_needs_no_rollout(build_shipped: Cal
     check(build_shipped("GRPOWithReplayBufferTrainer", s), s, *random_batch(1))
 
 
+@pytest.mark.parametrize("name", ["GMPOTrainer", "GRPOWithReplayBufferTrainer"])
+@pytest.mark.parametrize("field", ["token_rewards", "token_advantages"])
+def test_what_functions_say_of_tokens_has_no_place_there(
+    make_trainer: Callable[..., Any], tiny_model_path: str, name: str, field: str
+) -> None:
+    def graded(completion_ids: list[list[int]], **kwargs: Any) -> dict[str, Any]:
+        return {"rewards": [0.0] * len(completion_ids), field: [[0.0] * len(ids) for ids in completion_ids]}
+
+    trainer = of_trl(make_trainer, entropy_controlled(shipped(name)), tiny_model_path)(reward_funcs=graded)
+    with pytest.raises(ValueError, match=rf"^{field} of graded cannot be used with {name}, wh"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [

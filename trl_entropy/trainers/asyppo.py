@@ -50,6 +50,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
 
     _tag_names: ClassVar[list[str]] = [*EntropyGRPOTrainer._tag_names, "asyppo"]
     config_class: ClassVar[type] = AsyPPOConfig
+    has_critics: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -116,8 +117,9 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         if any(values.name == "token_advantages" for values in found):
             raise ValueError(f"token_advantages of {found[0].source}: AsyPPO's advantages come from its critics.")
         mask = loss_mask(output)
-        output["token_rewards"] = summed_rewards(found, mask, output["advantages"].dtype, completion_ids)
-        self._log_token_rewards(output["token_rewards"])
+        rewards = summed_rewards(found, self.written(mask), output["advantages"].dtype, completion_ids)
+        self._log_token_rewards(rewards)
+        output["token_rewards"] = torch.where(mask, rewards, 0.0)
 
     def on_rollout(self, output: dict[str, Any], rewards: Tensor) -> None:
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)

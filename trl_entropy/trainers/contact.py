@@ -112,10 +112,15 @@ class GRPOContact(RolloutContact):
         call = self._loss_call
         if call is None:
             return inputs
-        if call.forward_done:
+        if call.forward_done and self.own_loss:
             raise RuntimeError(
                 f"{self.own_loss} makes a forward pass before it goes on to TRL's loss, and the controls took it for "
                 "the loss's. Call `super()._compute_loss` in that method itself."
+            )
+        if call.forward_done:
+            raise RuntimeError(
+                f"{self._loss_override or 'The loss'} calls TRL's loss twice in one micro-batch, and the controls can "
+                "act in it once. Call `super()._compute_loss` once, or leave the controls off."
             )
         call.reached = True
         # a copy: the override that called may read its inputs afterwards
@@ -128,16 +133,21 @@ class GRPOContact(RolloutContact):
         Raises:
             RuntimeError: Names the method that takes the place of TRL's, and what it leaves out.
         """
-        where = self.own_loss or described(type(self), "_compute_loss", "compute_loss")
-        if not call.forward_done and where is None:
-            raise RuntimeError(
-                f"TRL {trl.__version__} computes its loss without `_get_per_token_logps_and_entropies`, so the "
-                "entropy controls cannot act. Install a supported version of TRL."
-            )
-        if not call.forward_done:
+        where = self._loss_override
+        if not call.forward_done and self.own_loss:
             raise RuntimeError(
                 f"{where} computes a loss without `self._get_per_token_logps_and_entropies` and without TRL's loss, "
                 "so the entropy controls cannot act. Call `super()._compute_loss` in it, or leave the controls off."
+            )
+        if not call.reached and where:
+            raise RuntimeError(
+                f"{where} does not reach TRL's loss through `super()._compute_loss`, so the entropy controls cannot "
+                "act. Call that, with `super()` in place of a class's name, or leave the controls off."
+            )
+        if not call.forward_done:
+            raise RuntimeError(
+                f"TRL {trl.__version__} computes its loss without `_get_per_token_logps_and_entropies`, so the "
+                "entropy controls cannot act. Install a supported version of TRL."
             )
         if unread := call.unread(sets_advantages=self.sets_advantages or TOKEN_LEVEL in call.given):
             raise RuntimeError(
@@ -145,6 +155,11 @@ class GRPOContact(RolloutContact):
                 "`self._get_per_token_logps_and_entropies`, so the entropy controls would do nothing. Read it there, "
                 "or call `super()._compute_loss`."
             )
+
+    @property
+    def _loss_override(self) -> str | None:
+        """What a subclass does about the loss, in words; `None` for nothing."""
+        return self.own_loss or described(type(self), "_compute_loss", "compute_loss")
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         forwards = None if model is self.ref_model else self._rollout_forwards
@@ -176,15 +191,20 @@ class GRPOContact(RolloutContact):
         """Whether a forward pass is that of the loss: the first of the policy, with a graph where the loss has one.
 
         Raises:
-            RuntimeError: If it is, and a control has no entropies to act on.
+            RuntimeError: If it is, and a control has no entropies or no advantages to act on.
         """
         if not call.reached or call.forward_done or model is self.ref_model:
             return False
         if call.with_graph and not torch.is_grad_enabled():
             return False
+        if self.must_act and "advantages" not in call.inputs:
+            raise RuntimeError(
+                f"{self._loss_override or 'The loss'} has inputs without `advantages`, on which the entropy controls "
+                "act. Keep the trainer's under that name, or leave the controls off."
+            )
         if entropies is None and self.must_act:
             raise RuntimeError(
-                f"{self.own_loss or 'The loss'} calls `self._get_per_token_logps_and_entropies` without "
+                f"{self._loss_override or 'The loss'} calls `self._get_per_token_logps_and_entropies` without "
                 "`compute_entropy=True`, and the entropy controls need the entropies. Add it there."
             )
         return entropies is not None

@@ -21,6 +21,7 @@ OLDEST, NEWEST = "1.12", "1.16"
 METHODS: dict[str, tuple[str, ...]] = {
     "_calculate_rewards": (),
     "_compute_loss": ("model", "inputs"),
+    "_generate": (),
     "_generate_and_score_completions": ("inputs",),
     "_generate_single_turn": (),
     "_get_output_dir": ("trial",),

@@ -1,11 +1,10 @@
 """`entropy_controlled`: the controls for a subclass of TRL's trainer, with a configuration to match."""
 
 import copyreg
-import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import cache
-from inspect import Parameter, signature
+from inspect import Parameter, signature, unwrap
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
@@ -14,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from .config import GRPOControls
 from .contact import GRPOLoss
 from .grpo import EntropyControlMixin, EntropyGRPOTrainer
+from .overrides import stored_attributes
 from .rloo import EntropyRLOOTrainer, RLOOControlMixin, RLOOControls, RLOOLoss
 
 
@@ -78,7 +78,8 @@ def entropy_controlled(trainer_class: type[Any], *, config_class: type[Any] | No
 
     Raises:
         TypeError: If `trainer_class` is not such a class, if its configuration cannot be found or is not a dataclass
-            that comes from TRL's, or if a name of the controls has another meaning in one of the two.
+            that comes from TRL's, if a name of the controls has another meaning in one of the two, or if
+            `config_class` is given with a trainer that has the controls already, and is not that trainer's.
     """
     family = Family.of(trainer_class, "trainer")
     if family is None:
@@ -87,6 +88,11 @@ def entropy_controlled(trainer_class: type[Any], *, config_class: type[Any] | No
             "controls act."
         )
     if issubclass(trainer_class, EntropyControlMixin):
+        if config_class not in (None, trainer_class.config_class):
+            raise TypeError(
+                f"{_name(trainer_class)} has the controls already, with {_name(trainer_class.config_class)}: "
+                f"config_class={_name(config_class)} would do nothing. Leave it out."
+            )
         return trainer_class
     if trainer_class is family.trainer and config_class in (None, family.config):
         return family.controlled
@@ -123,7 +129,7 @@ def _trainer(trainer_class: type[Any], config_class: Any) -> Any:
     family = _family(trainer_class, "trainer")
     if Family.of(config_class, "config") is not family:
         raise TypeError(f"config_class={_name(config_class)} is not a subclass of trl.{family.config.__name__}.")
-    _check_names(trainer_class, set(_own_names(family.mixin)), family.trainer)
+    _check_names(trainer_class, family.mixin, family.trainer)
     namespace = {
         "__module__": trainer_class.__module__,
         "__doc__": f"`{trainer_class.__name__}` with the entropy controls; see `EntropyControlMixin`.",
@@ -154,7 +160,7 @@ def controlled_config(config_class: type[Any]) -> Any:
             f"{by_hand[0]}.__init__ is written by hand, and the fields of the controls have no place in it. Make "
             f"{by_hand[0]} a dataclass: `@dataclass` above it, its arguments as fields, the rest in `__post_init__`."
         )
-    _check_names(config_class, set(_own_names(family.controls)), family.config)
+    _check_names(config_class, family.controls, family.config)
     namespace = {
         "__module__": config_class.__module__,
         "__doc__": f"`{config_class.__name__}` with the fields of the entropy controls; see `GRPOControls`.",
@@ -171,11 +177,12 @@ def config_of(trainer_class: type[Any]) -> type[Any]:
     """
     family = _family(trainer_class, "trainer")
     for cls in _below(trainer_class, family.trainer):
-        init = vars(cls).get("__init__")
+        init: Any = vars(cls).get("__init__")
         argument = signature(init).parameters.get("args") if init is not None else None
         if argument is None or argument.kind is Parameter.VAR_POSITIONAL:
             continue
-        found = _annotated(cls, argument, family.config) or _namesake(cls, family.config)
+        known = unwrap(init).__globals__  # the module need not be among those imported
+        found = _annotated(known, argument, family.config) or _namesake(cls, known, family.config)
         if found is None:
             raise TypeError(
                 f"The configuration class of {trainer_class.__name__} cannot be found: `args` of {cls.__name__}."
@@ -192,19 +199,18 @@ def _family(given: type, kind: str) -> Family:
     return found
 
 
-def _annotated(cls: type, argument: Parameter, base: type) -> type | None:
+def _annotated(known: dict[str, Any], argument: Parameter, base: type) -> type | None:
     holder = SimpleNamespace(__annotations__={"args": argument.annotation})
     try:
-        hint = get_type_hints(holder, vars(sys.modules[cls.__module__]))["args"]
+        hint = get_type_hints(holder, known)["args"]
     except (NameError, TypeError, AttributeError):
         return None
     options = get_args(hint) or (hint,)
     return next((one for one in options if isinstance(one, type) and issubclass(one, base)), None)
 
 
-def _namesake(cls: type, base: type) -> type | None:
-    name = f"{cls.__name__.removesuffix('Trainer')}Config"
-    found = getattr(sys.modules[cls.__module__], name, None)
+def _namesake(cls: type, known: dict[str, Any], base: type) -> type | None:
+    found = known.get(f"{cls.__name__.removesuffix('Trainer')}Config")
     return found if isinstance(found, type) and issubclass(found, base) else None
 
 
@@ -217,19 +223,19 @@ def _has_own_init(cls: type) -> bool:
     return "__init__" in vars(cls) and not ("__dataclass_params__" in vars(cls) and cls.__dataclass_params__.init)  # type: ignore[attr-defined]
 
 
-def _own_names(cls: type) -> Iterator[str]:
-    """The names that a class of this package and its bases here define, fields included."""
-    for one in cls.__mro__:
-        if one.__module__.partition(".")[0] == __name__.partition(".")[0]:
-            yield from (name for name in {*vars(one), *vars(one).get("__annotations__", ())} if name[:2] != "__")
+def _names_of(cls: type) -> set[str]:
+    """The names that a class gives a meaning: what it defines, annotates and stores on its objects."""
+    defined = {*vars(cls), *vars(cls).get("__annotations__", ()), *stored_attributes(cls)}
+    return {name for name in defined if name[:2] != "__"}
 
 
-def _check_names(cls: type, ours: set[str], base: type) -> None:
+def _check_names(cls: type, controls: type, base: type) -> None:
     """Refuse a class in which a name of the controls means something else; what TRL has is there to be overridden."""
-    known = {field.name for field in fields(base)} if is_dataclass(base) else set()
+    package = __name__.partition(".")[0]
+    own = (one for one in controls.__mro__ if one.__module__.partition(".")[0] == package)
+    ours = set().union(*map(_names_of, own)).difference(*map(_names_of, base.__mro__))
     for one in _below(cls, base):
-        theirs = {*vars(one), *vars(one).get("__annotations__", ())} & ours
-        if taken := sorted(name for name in theirs - known if getattr(base, name, MISSING) is MISSING):
+        if taken := sorted(_names_of(one) & ours):
             raise TypeError(
                 f"{one.__name__} and the entropy controls both have {', '.join(taken)}, with another meaning. Rename "
                 f"it in {one.__name__}."

@@ -26,14 +26,15 @@ from ..controls import (
     ratio_controls,
 )
 from ..telemetry.metrics import TokenMeans, turn_entropies
-from ..telemetry.recorder import RecordedMicroBatch, RecorderCallback, TokenRecorder
+from ..telemetry.recorder import RecordedMicroBatch, TokenRecorder
 from ..vllm_on_cpu import trainable_engines
 from .card import add_methods
 from .config import ControlChecks, EntropyGRPOConfig
 from .contact import GRPOContact, GRPOLoss
 from .dropout import warn_of_dropout
 from .loss_call import TOKEN_LEVEL, LossCall, loss_mask
-from .overrides import check_reach
+from .overrides import check_reach, refuse_token_level
+from .recording import add_recorder
 from .token_level import TokenValues, check_token_level, credited, summed_rewards
 
 ROWS_PER_REPEAT = 32
@@ -59,6 +60,9 @@ class EntropyControlMixin(GRPOContact):
     Arguments and errors are those of the trainer; with a configuration without the controls' fields all are off.
     """
 
+    has_critics: ClassVar[bool] = False
+    """Whether a control that comes with critics has them."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self.active = ActiveControls((), {})
@@ -70,7 +74,9 @@ class EntropyControlMixin(GRPOContact):
         if isinstance(self.args, ControlChecks) and not any(one is self.args for one in given):
             check_reach(type(self), self.args)
         self.active = ActiveControls.of(self.args)
-        self._recorder = self._make_recorder() if self.recording else None
+        self._recorder: TokenRecorder | None = None
+        if self.recording:
+            self._recorder = add_recorder(self, self._tokenizer, self._micro_batches_per_rollout)
         if methods := ratio_controls(self.args):
             warn_of_dropout(self.model, methods)
 
@@ -78,26 +84,6 @@ class EntropyControlMixin(GRPOContact):
     def recording(self) -> bool:
         """Whether tokens are recorded."""
         return isinstance(self.args, ControlChecks) and self.args.recording_enabled
-
-    def _make_recorder(self) -> TokenRecorder:
-        settings = {name: value for control in CONTROLS for name, value in control.settings_of(self.args).items()}
-        clip_range = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
-        recorder = TokenRecorder(
-            self.args.output_dir,
-            self.args.record_tokens,
-            self._tokenizer,
-            settings | clip_range | {"record_tokens": self.args.record_tokens},
-            process=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            seed=self.args.seed,
-            level=self.importance_sampling_level,
-            loss_type=self.loss_type,
-            delta=self.args.delta,
-            clip_range={"eps_low": self.epsilon_low, "eps_high": self.epsilon_high},
-            entropy_floor=self.args.erc_entropy_floor,
-        )
-        self.add_callback(RecorderCallback(recorder, self._micro_batches_per_rollout))
-        return recorder
 
     @property
     def hooks_active(self) -> bool:
@@ -158,13 +144,14 @@ class EntropyControlMixin(GRPOContact):
 
     def set_token_level(self, output: dict[str, Any], found: list[TokenValues], completion_ids: list[Any]) -> None:
         others = " and ".join(control.name for control in self.active.controls if control.sets_advantages)
+        refuse_token_level(type(self), f"{found[0].name} of {found[0].source}")
         check_token_level(found, self.loss_type, others)
         mask, advantages = loss_mask(output), output["advantages"]
-        values = summed_rewards(found, mask, advantages.dtype, completion_ids)
+        values = summed_rewards(found, self.written(mask), advantages.dtype, completion_ids)
         if found[0].name == "token_rewards":
             self._log_token_rewards(values)
             values = credited(advantages, values, mask, self._context())
-        output["advantages"], output[TOKEN_LEVEL] = values, mask.new_ones(len(mask))
+        output["advantages"], output[TOKEN_LEVEL] = torch.where(mask, values, 0.0), mask.new_ones(len(mask))
 
     def _log_token_rewards(self, rewards: Tensor) -> None:
         totals = TokenMean(rewards.sum(1), torch.ones_like(rewards[:, 0], dtype=torch.bool)).totals()

@@ -1,8 +1,10 @@
 """What a subclass of a TRL trainer overrides, and whether its override hands on to TRL's own method."""
 
+import dis
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from types import CodeType
 from typing import Any
 
@@ -19,7 +21,8 @@ def _reads_the_rollout(control: Control) -> bool:
     return any((control.on_rollout, control.on_repeat, control.needs_old_entropies, control.needs_rollout_pass))
 
 
-LIMITS: dict[str, tuple[Callable[[Control], bool], bool, str]] = {
+Limit = tuple[Callable[[Control], bool], bool, str]
+LIMITS: dict[str, Limit] = {
     "GMPOTrainer": (
         _acts_in_the_loss,
         False,
@@ -31,23 +34,25 @@ LIMITS: dict[str, tuple[Callable[[Control], bool], bool, str]] = {
         "which puts completions of earlier rollouts among the new ones, without their rewards and entropies",
     ),
 }
-"""Trainers of TRL that not every control can act in: which cannot, whether the record of tokens cannot, and why."""
+"""Trainers of TRL that not every control can act in: which cannot, whether the record of tokens cannot, and why. None
+of them has a place for what functions say of single tokens."""
 
 
-def check_reach(trainer_class: type, config: ControlChecks) -> None:
+def check_reach(trainer_class: Any, config: ControlChecks) -> None:
     """Refuse the controls that cannot act in a trainer.
 
     Raises:
         ValueError: Names the settings, the trainer and the reason.
     """
     own = own_loss(trainer_class)
-    for cls in trainer_class.__mro__:
-        if cls.__name__ in LIMITS and cls.__module__.startswith("trl."):
-            refused, recording, reason = LIMITS[cls.__name__]
-            for control in filter(refused, controls_of(config)):
-                _refuse(config.settings_text(control), f"{cls.__name__}, {reason}")
-            if recording and config.recording_enabled:
-                _refuse(f"record_tokens={config.record_tokens}", f"{cls.__name__}, {reason}")
+    for control in () if trainer_class.has_critics else controls_of(config):
+        if control.comes_with_critics:
+            _refuse(config.settings_text(control), f"{trainer_class.__name__}, which has no critics")
+    for where, (refused, recording, _) in _limits(trainer_class):
+        for control in filter(refused, controls_of(config)):
+            _refuse(config.settings_text(control), where)
+        if recording and config.recording_enabled:
+            _refuse(f"record_tokens={config.record_tokens}", where)
     for control in controls_of(config) if own else ():
         if control.target_loop is not None and control.shape is None and control.loss is None:
             _refuse(config.settings_text(control), f"{own}, which takes the place of TRL's entropy bonus")
@@ -58,6 +63,23 @@ def check_reach(trainer_class: type, config: ControlChecks) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def refuse_token_level(trainer_class: type, given: str) -> None:
+    """Refuse what a function says of single tokens where a trainer has no place for it.
+
+    Raises:
+        ValueError: Names the field and its function, the trainer and the reason.
+    """
+    for where, _ in _limits(trainer_class):
+        _refuse(given, where)
+
+
+def _limits(trainer_class: type) -> Iterator[tuple[str, Limit]]:
+    """The limits of a trainer, each with the trainer and the reason in words."""
+    for cls in trainer_class.__mro__:
+        if cls.__name__ in LIMITS and cls.__module__.startswith("trl."):
+            yield f"{cls.__name__}, {LIMITS[cls.__name__][2]}", LIMITS[cls.__name__]
 
 
 def _refuse(settings: str, where: str) -> None:
@@ -107,3 +129,20 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant)
+
+
+def stored_attributes(cls: type) -> set[str]:
+    """The attributes that the methods of a class store on its objects, as `self.name = ...` does."""
+    codes = (getattr(inspect.unwrap(value), "__code__", None) for value in vars(cls).values() if callable(value))
+    return {name for code in codes if code is not None and code.co_argcount for name in _stores(code)}
+
+
+def _stores(method: CodeType) -> Iterator[str]:
+    this = method.co_varnames[0]
+    for code in _codes(method):
+        steps = list(dis.get_instructions(code))
+        for before, step in pairwise(steps):
+            # some releases of Python load two variables in one step
+            loaded = before.argval if isinstance(before.argval, tuple) else (before.argval,)
+            if step.opname == "STORE_ATTR" and this in loaded[-1:]:
+                yield step.argval

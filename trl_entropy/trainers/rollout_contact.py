@@ -53,6 +53,7 @@ class RolloutContact(ExactResume):
     _rollout_forwards: list[RolloutForward] | None = None
     _rewards_per_func: Tensor | None = None
     _scored_ids: list[Any] | None = None
+    _tool_masks: list[Any] | None = None
     _token_values: TokenCollector
 
     @classmethod
@@ -142,6 +143,21 @@ class RolloutContact(ExactResume):
                 compute_entropy=True,
             )
         return rows, entropies
+
+    def _generate(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        generated = super()._generate(*args, **kwargs)
+        self._tool_masks = generated[2]  # before TRL masks truncated completions
+        return generated
+
+    def written(self, like: Tensor) -> Tensor:
+        """True for the tokens that the model wrote, bool `(B, T)` as `like`, in truncated completions too.
+
+        Where TRL masks those, their group's mean is still with them, as in TRL's own advantages.
+        """
+        assert self._scored_ids is not None
+        masks = self._tool_masks or [[1] * len(ids) for ids in self._scored_ids]
+        rows = [torch.tensor([*mask, *[0] * (like.shape[1] - len(mask))]) for mask in masks]
+        return torch.stack(rows).bool().to(like.device)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._rewards_per_func, self._scored_ids, self._token_values = None, None, TokenCollector()

@@ -13,9 +13,10 @@ TRL's rewards are one per completion. Here a reward function may return a dict: 
   controls read. A reward at the last token alone is then what the same reward is to TRL with `scale_rewards="none"`.
 - `"token_advantages"`: likewise, but they are the advantages, whatever the rewards: no group takes part.
 
-A rollout function may return a field of one of these names. Token rewards of several functions are added up, weighted
-by `reward_weights` (a rollout function's by 1). Tokens that the model did not write, such as a tool's answers, have
-their place in the lists, and what is said of them does not count.
+A rollout function may return a field of one of these names. In place of the lists, both may give a tensor or an array
+`(B, T)`, of whose rows what is beyond the completion's tokens is not read. Token rewards of several functions are
+added up, weighted by `reward_weights` (a rollout function's by 1). Tokens that the model did not write, such as a
+tool's answers, have their place in the lists, and what is said of them does not count.
 """
 
 import functools
@@ -43,27 +44,33 @@ class TokenValues:
         name: Of `FIELDS`.
         source: The function, for an error.
         weight: Of token rewards.
-        rows: Per completion one number per token, or `None`.
+        rows: Per completion one number per token, or `None`; or a tensor or an array `(B, T)`.
     """
 
     name: str
     source: str
     weight: float
-    rows: Sequence[Sequence[float] | None]
+    rows: Any
 
     def collated(self, like: Tensor, completion_ids: Sequence[Any]) -> Tensor:
         """`(B, T)` with the numbers of each completion from the left, 0 elsewhere; `like` is such a tensor.
 
         Raises:
-            ValueError: If a completion's numbers are not as many as its tokens, or are not finite.
+            ValueError: If a completion's numbers are not as many as its tokens, in a tensor at least as many, or are
+                not finite.
         """
         where = f"{self.name} of {self.source}"
+        padded = hasattr(self.rows, "ndim")
+        if padded and self.rows.ndim != 2:
+            shape = tuple(self.rows.shape)
+            raise ValueError(f"{where} has the shape {shape}; give (completions, tokens), or a list per completion.")
         if len(self.rows) != len(completion_ids):
             raise ValueError(f"{where}: {len(self.rows)} lists for {len(completion_ids)} completions; give one each.")
         values = torch.zeros_like(like)
         for index, (row, ids) in enumerate(zip(self.rows, completion_ids, strict=True)):
             if row is None and self.name == "token_rewards":
                 continue
+            row = row[: len(ids)].tolist() if padded else row
             numbers = [] if row is None else [float(one) for one in row]
             if row is None or len(numbers) != len(ids):
                 given = "none" if row is None else f"{len(numbers)}"
@@ -120,7 +127,9 @@ class TokenCollector:
     def take_from(self, inputs: Sequence[dict[str, Any]], source: str) -> None:
         """What a rollout function says, from the fields that TRL has put into the rows."""
         fields = {name: [row.get(name) for row in inputs] for name in FIELDS if any(name in row for row in inputs)}
-        self._keep(fields, source, 1.0)
+        # TRL puts a row of a list into each of its rows, and what is no list as a whole
+        whole = {name: rows[0] for name, rows in fields.items() if getattr(rows[0], "ndim", 0) > 1}
+        self._keep(fields | whole, source, 1.0)
 
     def _keep(self, fields: dict[str, Any], source: str, weight: float) -> None:
         for name in FIELDS:
