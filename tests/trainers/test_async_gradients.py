@@ -1,5 +1,6 @@
 """Gradients of the asynchronous trainer in float64, on rows as TRL packs them, against the formulas token by token."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -50,7 +51,10 @@ def batch_of(trainer: Any) -> tuple[dict[str, Tensor], GivenOutputs, list[Token]
     """
     trainer.model_version = trainer.synced = trainer.rollout_worker.version = VERSION
     inputs = next(iter(trainer.get_train_dataloader()))
-    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    floats = {
+        name: value.double() for name, value in inputs.items() if torch.is_tensor(value) and value.is_floating_point()
+    }
+    inputs |= floats
     samples = trainer.rollout_worker.taken[: int(inputs["segment_id"].max()) + 1]
     trainer.model = policy = GivenOutputs(inputs["input_ids"].shape[1])
     entropies = {}
@@ -88,7 +92,7 @@ def test_gradients_are_the_formulas(make_async: Callable[..., Any], prefix: str 
     inputs, policy, tokens = batch_of(trainer)
     if prefix is None:
         trainer._recorder = None
-    given = {name: value.clone() for name, value in inputs.items()}
+    given = copy.deepcopy(inputs)
     assert len({t.sample for t in tokens}) == 12
     assert len(tokens) > len(set(given["token_index"][0].tolist())), "nothing is shared"
     for _ in range(2 if prefix == "epo" else 1):
@@ -102,6 +106,32 @@ def test_gradients_are_the_formulas(make_async: Callable[..., Any], prefix: str 
     if prefix is not None:
         other = gradients(weighted(plain)(tokens), policy)
         assert not all(torch.allclose(*pair) for pair in zip(gradients(loss, policy), other, strict=True))
+
+
+def test_what_is_known_when_samples_are_packed_waits_for_no_device(
+    make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which versions wrote the tokens, and whether a sample has a reward: no tensor of the micro-batch is read."""
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a tensor is read, for which the host waits")
+
+    trainer = make_async(rollout_worker=async_parts.MadeRollouts(1), erc_low=0.8, erc_high=1.3, positive_nll_coef=0.1)
+    inputs, policy, _ = batch_of(trainer)
+    shape, shaped = trainer._shape, []
+
+    def watched(*given: Any) -> Any:
+        with monkeypatch.context() as patch:
+            for name in ("tolist", "item", "__bool__", "__int__", "__float__"):
+                patch.setattr(Tensor, name, refuse)
+            shaped.append(shape(*given))
+        return shaped[-1]
+
+    monkeypatch.setattr(trainer, "_shape", watched)
+    calls = policy.calls
+    trainer.compute_loss(policy, inputs)
+    assert policy.calls > calls + 1, "no earlier version was needed"
+    assert shaped
 
 
 def test_every_control_of_the_table_is_tested_or_refused() -> None:

@@ -1,5 +1,6 @@
 """Asynchronous GRPO on made-up rollouts: TRL's own training where nothing is on, several processes, resuming."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from trl_entropy.controls import CONTROLS
 from trl_entropy.telemetry.record import read_record
+from trl_entropy.trainers.async_controls import SUPPORTED
 
 from . import async_parts, async_worker
+from .async_reference import ALPHAS
 
 async_contact, async_grpo = map(async_parts.require, ("async_contact", "async_grpo"))
 
@@ -90,8 +94,24 @@ def test_two_processes_are_one(on_processes: list[dict[str, Any]], case: str) ->
         assert not torch.equal(one["weights"]["lm_head.weight"], on_processes[0]["none"]["weights"]["lm_head.weight"])
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(make_async: Callable[..., Any], tmp_path: Any) -> None:
-    fields = {"max_steps": 6, "epo_coef": 0.1, "entropic_target": 1.0, "save_strategy": "steps", "save_steps": 3}
+STATEFUL: dict[str, dict[str, Any]] = {
+    "epo": {"epo_coef": 0.1},
+    "entropic": {"entropic_target": 1.0},
+    "ce_gppo_loop": {**ALPHAS, "ce_gppo_loop_target": 9.0, "ce_gppo_loop_kp": 0.05, "ce_gppo_loop_ki": 0.05},
+    "par": {"par_schedule": "entropy", "par_target": 9.0, "par_delta": 0.2},
+    "stare": {"stare_target_entropy": 9.0, "stare_variant": "C2", "stare_adaptive_step": 0.1},
+    "erc": {"erc_low": 0.9, "erc_high": 1.1, "erc_target_fraction": 0.3},
+}
+"""Settings with which a control has a state."""
+
+
+def test_every_control_with_a_state_is_among_them() -> None:
+    assert {control.prefix for control in CONTROLS if control.state and control.prefix in SUPPORTED} == set(STATEFUL)
+
+
+@pytest.mark.parametrize("control", [name for name in STATEFUL if name != "erc"])
+def test_a_resumed_run_is_the_uninterrupted_one(make_async: Callable[..., Any], tmp_path: Any, control: str) -> None:
+    fields = {"max_steps": 6, **STATEFUL[control], "save_strategy": "steps", "save_steps": 3}
     whole = make_async(tmp_path / "whole", **fields)
     whole.train()
     worker = async_parts.MadeRollouts()
@@ -100,8 +120,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_async: Callable[..., Any], 
     resumed = make_async(tmp_path / "resumed", rollout_worker=worker, **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
-    assert resumed.active.states["epo"].steps == whole.active.states["epo"].steps
-    assert resumed.active.states["entropic"].integral == whole.active.states["entropic"].integral
+    assert resumed.active.states.keys() == {control}
+    torch.testing.assert_close(resumed.active.state_dict(), whole.active.state_dict(), rtol=0, atol=0)
+
+
+def test_a_resumed_run_has_erc_s_bounds(
+    make_async: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of before are not in a checkpoint, nor are samples that they wrote."""
+    fields = {**STATEFUL["erc"], "save_strategy": "steps", "save_steps": 3}
+    make_async(tmp_path / "run", **fields, max_steps=3).train()
+    checkpoint = tmp_path / "run/checkpoint-3"
+    saved = torch.load(checkpoint / "controls_rank0.pt", weights_only=True)["controls"]["erc"]
+    resumed = make_async(tmp_path / "resumed", **fields, max_steps=4)
+    load, loaded = resumed._load_optimizer_and_scheduler, []
+
+    def watched(*given: Any) -> None:
+        load(*given)
+        loaded.append(copy.deepcopy(resumed.active.states["erc"].state_dict()))
+
+    monkeypatch.setattr(resumed, "_load_optimizer_and_scheduler", watched)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    torch.testing.assert_close(loaded, [saved], rtol=0, atol=0)
+    assert saved["log_power"] != 0.0
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])

@@ -59,12 +59,14 @@ class Completions:
     many as there are tokens that the model did not write.
 
     Attributes:
-        rows: The completion of each of the `M` trained tokens, `(M,)`.
+        packed: Where each of the `M` trained tokens stands among the columns of the packed row, `(M,)` each.
+        rows: Its completion, `(M,)`.
         columns: Its column, `(M,)`.
         starts: Position of each completion's first trained token in its sample, `(S,)`; 0 for one without any.
         shape: Completions and columns, `(S, T)`.
     """
 
+    packed: tuple[Tensor, ...]
     rows: Tensor
     columns: Tensor
     starts: Tensor
@@ -73,14 +75,14 @@ class Completions:
     @classmethod
     def of(cls, inputs: dict[str, Tensor]) -> "Completions":
         """Those of a micro-batch of one process, as TRL's collator packs it."""
-        selected = inputs["token_index"] >= 0
-        rows = inputs["segment_id"][selected]
+        packed = (inputs["token_index"] >= 0).nonzero(as_tuple=True)
+        rows = inputs["segment_id"][packed]
         # a token is scored where the one before it stands
-        positions = inputs["position_ids"].flatten()[inputs["token_index"][selected]] + 1
+        positions = inputs["position_ids"].flatten()[inputs["token_index"][packed]] + 1
         starts = positions.new_zeros(int(rows.max()) + 1)
         starts = starts.scatter_reduce(0, rows, positions, "amin", include_self=False)
         columns = positions - starts[rows]
-        return cls(rows, columns, starts, (len(starts), int(columns.max()) + 1))
+        return cls(packed, rows, columns, starts, (len(starts), int(columns.max()) + 1))
 
     @property
     def mask(self) -> Tensor:
@@ -118,17 +120,21 @@ class AsyncLossCall:
 
     def unpacked(self, name: str) -> Tensor:
         """A column of the micro-batch, such as `"advantages"`, `(S, T)`."""
-        return self.completions.unpack(self.inputs[name][self.inputs["token_index"] >= 0])
+        return self.unpack(self.inputs[name])
+
+    def unpack(self, column: Tensor) -> Tensor:
+        """The same of a column at hand, `(1, M)`."""
+        return self.completions.unpack(column[self.completions.packed])
 
     def read(self, outputs: Any, name: str) -> Tensor:
         """`"log_probs"` or `"entropy"` of some outputs at the trained tokens, `(S, T)`."""
-        index = self.inputs["token_index"]
-        return self.completions.unpack(getattr(outputs, name).flatten()[index[index >= 0]])
+        index = self.inputs["token_index"][self.completions.packed]
+        return self.completions.unpack(getattr(outputs, name).flatten()[index])
 
     def shape(self, name: str, dense: Tensor) -> None:
         """Let TRL's loss read these values, `(S, T)`, as the column `name`."""
         column = self.inputs[name].clone()
-        column[self.inputs["token_index"] >= 0] = self.completions.pack(dense).to(column.dtype)
+        column[self.completions.packed] = self.completions.pack(dense).to(column.dtype)
         self.shaped[name] = column
 
 
@@ -139,7 +145,7 @@ class _ForwardDone(Exception):
 class AsyncContact(AsyncGRPOTrainer):
     """TRL's asynchronous trainer with places for a subclass to act.
 
-    A subclass acts in `before_forward`, `on_forward`, `added_loss`, `add_columns` and `control_metrics`. Where
+    A subclass acts in `on_forward`, `added_loss`, `add_columns` and `control_metrics`. Where
     `hooks_active` is False none of them is called and every step is TRL's own.
     """
 
@@ -170,8 +176,11 @@ class AsyncContact(AsyncGRPOTrainer):
     def tag(self, sample: Any) -> None:
         """Look at a sample that has come out of the rollout queue; only `sample.metrics` goes further with it."""
 
-    def add_columns(self, rows: Any, batch: dict[str, Tensor]) -> None:
-        """Add columns `(processes, ...)` to a micro-batch that was made of packed `rows`, on the main process."""
+    def add_columns(self, rows: Any, batch: dict[str, Any]) -> None:
+        """Add columns `(processes, ...)`, or dicts of them, to a micro-batch that was made of packed `rows`.
+
+        Called on the main process.
+        """
 
     def control_metrics(self) -> dict[str, float]:
         """The controls' metrics since they were last logged."""

@@ -1,5 +1,6 @@
 """Asynchronous GRPO with entropy control."""
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..controls import (
-    CONTROLS,
     ActiveControls,
     Context,
     MicroBatch,
@@ -28,7 +28,7 @@ from ..controls import (
 from ..controls.importance import ratio_of
 from ..files import whole_file
 from ..telemetry.metrics import TokenMeans
-from ..telemetry.recorder import RecordedMicroBatch, RecorderCallback, TokenRecorder
+from ..telemetry.recorder import RecordedMicroBatch, TokenRecorder
 from ..telemetry.staleness import clipped_by_age
 from .async_config import EntropyAsyncGRPOConfig
 from .async_contact import AsyncContact, AsyncLossCall
@@ -36,6 +36,7 @@ from .async_controls import SUPPORTED
 from .async_samples import TaggedMetrics, as_rollout, per_token, sample_ids
 from .card import add_methods
 from .dropout import warn_of_dropout
+from .recording import add_recorder
 from .resume import UNREADABLE
 from .weight_versions import WeightVersions
 
@@ -84,7 +85,9 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
         if self.needs_behaviour_entropies:
             self._refuse_sharding()
             self._versions = WeightVersions(self.args.max_staleness + VERSIONS_IN_FLIGHT)
-        self._recorder = self._make_recorder() if self.recording else None
+        self._recorder: TokenRecorder | None = None
+        if self.recording:
+            self._recorder = add_recorder(self, self.processing_class, self.args.gradient_accumulation_steps)
         if methods := ratio_controls(self.args):
             warn_of_dropout(self.model, methods)
 
@@ -111,37 +114,19 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
                 f"are sharded ({kind.value}). Leave ERC out, or train without sharding."
             )
 
-    def _make_recorder(self) -> TokenRecorder:
-        settings = {name: value for control in CONTROLS for name, value in control.settings_of(self.args).items()}
-        clip_range = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
-        recorder = TokenRecorder(
-            self.args.output_dir,
-            self.args.record_tokens,
-            self.processing_class,
-            settings | clip_range | {"record_tokens": self.args.record_tokens},
-            process=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            seed=self.args.seed,
-            level=self.args.importance_sampling_level,
-            loss_type=self.args.loss_type,
-            clip_range={"eps_low": self.epsilon_low, "eps_high": self.epsilon_high},
-            entropy_floor=self.args.erc_entropy_floor,
-        )
-        self.add_callback(RecorderCallback(recorder, self.args.gradient_accumulation_steps))
-        return recorder
-
     def tag(self, sample: Any) -> None:
         sample.metrics = TaggedMetrics(sample.metrics, sample.model_version)
 
-    def add_columns(self, rows: Any, batch: dict[str, Tensor]) -> None:
+    def add_columns(self, rows: Any, batch: dict[str, Any]) -> None:
         tagged = [[example["metrics"] for example in row.samples] for row in rows]
-        ages = [[self.model_version - metrics.version for metrics in row] for row in tagged]
-        batch["age"] = per_token(ages, batch["segment_id"])
-        batch["ages"] = torch.tensor([sorted({age for row in ages for age in row})] * len(rows))
-        batch["synced"] = torch.full((len(rows),), self.synced)
-        batch["reward"] = per_token(
-            [[one.get("reward", torch.nan) for one in row] for row in tagged], batch["segment_id"]
-        )
+        # in hand-overs of this trainer, which all processes count; TRL's version is the main process's alone
+        versions = [[self.synced - (self.model_version - metrics.version) for metrics in row] for row in tagged]
+        of_token = per_token(versions, batch["segment_id"])
+        # the keys arrive on the host of every process: reading them waits for no device
+        batch["written_by"] = {each: of_token == each for each in sorted({each for row in versions for each in row})}
+        rewards = [[metrics.get("reward", torch.nan) for metrics in row] for row in tagged]
+        self._check_rewards(rewards)
+        batch["reward"] = per_token(rewards, batch["segment_id"])
         if self.recording:
             batch["sample_ids"] = sample_ids(rows)
 
@@ -164,7 +149,8 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
 
     def _ages(self, call: AsyncLossCall) -> Tensor:
         """Age of each token, in weight versions, `(S, T)`."""
-        return call.unpacked("age") + (self.synced - call.inputs["synced"][0])
+        of_versions = call.inputs["written_by"].items()
+        return call.unpack(torch.stack([(self.synced - version) * among for version, among in of_versions]).sum(0))
 
     def _micro_batch(self, call: AsyncLossCall) -> MicroBatch:
         logps, entropies = (in_float32(call.read(call.outputs, name)) for name in ("log_probs", "entropy"))
@@ -179,7 +165,6 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
     def _shape(self, call: AsyncLossCall, ages: Tensor) -> dict[str, TokenMean]:
         batch, context = self._batch, self._context()
         rewards = call.unpacked("reward").where(batch.tokens.mask, -torch.inf).amax(1)
-        self._check_rewards(rewards)
         current = batch.logps.detach(), batch.entropies.detach()
         columns, metrics = self.active.on_rollout(
             Rollout(batch.tokens.mask, rewards, batch.tokens.advantages, *current), context
@@ -194,8 +179,8 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
         call.shape("old_log_probs", shaped.old_logps)
         return {**metrics, **counted}
 
-    def _check_rewards(self, rewards: Tensor) -> None:
-        if self.args.positive_nll_enabled and rewards.isnan().all():
+    def _check_rewards(self, rewards: list[list[float]]) -> None:
+        if self.args.positive_nll_enabled and all(math.isnan(reward) for row in rewards for reward in row):
             raise ValueError(
                 f"positive_nll_coef={self.args.positive_nll_coef} needs each sample's reward, and no sample has "
                 "`metrics['reward']`. Let the rollout worker put it there."
@@ -211,13 +196,13 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
         policy, entropies = self.accelerator.unwrap_model(self.model), self._batch.entropies.detach()
         gap, elsewhere = torch.zeros_like(entropies), torch.zeros_like(self._batch.tokens.mask)
         moved = self.state.global_step != self._synced_step
-        for age in (call.inputs["ages"][0] + (self.synced - call.inputs["synced"][0])).tolist():
-            if age == 0 and not moved:
+        for version in call.inputs["written_by"]:
+            if version == self.synced and not moved:
                 continue
             checkpointing = disable_gradient_checkpointing(policy, self.args.gradient_checkpointing_kwargs)
-            with self._versions.at(self.synced - age, policy), checkpointing:
+            with self._versions.at(version, policy), checkpointing:
                 outputs = call.run()
-            among = self._batch.tokens.mask & (ages == age)
+            among = self._batch.tokens.mask & (ages == self.synced - version)
             entropies = torch.where(among, in_float32(call.read(outputs, "entropy")), entropies)
             distance = (in_float32(call.read(outputs, "log_probs")) - self._batch.tokens.old_logps).abs()
             gap, elsewhere = torch.where(among, distance, gap), elsewhere | among
@@ -275,8 +260,7 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
     def _read_by_loss(self, call: AsyncLossCall) -> dict[str, Tensor]:
         """What TRL's loss reads of the trained tokens, under the names of synchronous training, `(M,)` each."""
         names = {"advantages": "advantages", "old_log_probs": "old_per_token_logps"}
-        selected = call.inputs["token_index"] >= 0
-        return {ours: (call.inputs | call.shaped)[name][selected] for name, ours in names.items()}
+        return {ours: (call.inputs | call.shaped)[name][call.completions.packed] for name, ours in names.items()}
 
     def control_metrics(self) -> dict[str, float]:
         return self._token_means.pop()
