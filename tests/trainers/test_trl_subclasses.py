@@ -138,7 +138,9 @@ def test_what_functions_say_of_tokens_has_no_place_there(
     make_trainer: Callable[..., Any], tiny_model_path: str, name: str, field: str
 ) -> None:
     def graded(completion_ids: list[list[int]], **kwargs: Any) -> dict[str, Any]:
-        return {"rewards": [0.0] * len(completion_ids), field: [[0.0] * len(ids) for ids in completion_ids]}
+        # TRL's replay buffer needs groups whose rewards differ
+        rewards = [float(index % 2) for index in range(len(completion_ids))]
+        return {"rewards": rewards, field: [[0.0] * len(ids) for ids in completion_ids]}
 
     trainer = of_trl(make_trainer, entropy_controlled(shipped(name)), tiny_model_path)(reward_funcs=graded)
     with pytest.raises(ValueError, match=rf"^{field} of graded cannot be used with {name}, wh"):
