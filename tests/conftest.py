@@ -17,7 +17,7 @@ from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
 
 VOCABULARY = ["<pad>", "<eos>", *"0123456789+-=? abcdefghijklmnop"]
 ASCII = ["<pad>", "<eos>", "\n", *map(chr, range(32, 127))]
-NEEDS = ("vllm", "scienceworld", "real_model", "gpu")
+NEEDS = ("vllm", "scienceworld", "real_model", "deepspeed", "gpu")
 """Markers of what is not everywhere."""
 TRAINER_ARGUMENTS = (
     "model",

@@ -28,7 +28,8 @@ def launch(config: str, *arguments: str) -> None:
     """Run the worker on two processes, without mixed precision, which the GPUs' configurations ask for."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"recipes/accelerate/{config}.yaml")]
     launcher += ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, *launcher, str(WORKER), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

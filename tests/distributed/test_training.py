@@ -1,6 +1,6 @@
 """Two processes train, save and resume with every control, unsharded (DDP) and sharded (FSDP2, DeepSpeed).
 
-DeepSpeed compiles its CPU collectives when it is first used; its cases need `pip install deepspeed` and a compiler.
+DeepSpeed's cases need `pip install deepspeed`.
 """
 
 import math
@@ -15,7 +15,10 @@ from .conftest import Runs
 from .training_worker import POLICIES
 
 pytestmark = pytest.mark.slow
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+needs_deepspeed = (
+    pytest.mark.deepspeed,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+)
 KINDS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "deepspeed-zero2": "DEEPSPEED", "deepspeed-zero3": "DEEPSPEED"}
 SHARDED_WEIGHTS = ("fsdp2", "deepspeed-zero3")
 CONFIGS = [pytest.param(name, marks=needs_deepspeed if "deepspeed" in name else ()) for name in KINDS]

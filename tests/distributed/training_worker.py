@@ -147,8 +147,17 @@ def run(model: str, folder: Path, policy: str, resume: bool) -> None:
     torch.save(found, folder / f"{name}-rank{trainer.accelerator.process_index}.pt")
 
 
+def leave_to_gloo() -> None:
+    """Keep DeepSpeed from compiling collectives through shared memory, which it has for inference."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main() -> None:
     model, folder = sys.argv[1:3]
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        leave_to_gloo()
     for policy in POLICIES:
         run(model, Path(folder), policy, "--resume" in sys.argv)
         gc.collect()  # the trainer's DDP wrapper must go before the process group
