@@ -103,6 +103,18 @@ def test_a_subclass_that_hands_on_trains_as_trl_s_own_does(
         }
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_with_each_control_a_resumed_run_equals_an_uninterrupted_one(
+    make_trainer: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    """From the middle of a rollout."""
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "learning_rate": 3e-2, **EVERY[name]}
+    whole = trained(made(make_trainer, HandsOnTrainer, tmp_path / "run", **settings))
+    resumed = made(make_trainer, HandsOnTrainer, tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-3")
+    assert_same_weights(weights(resumed), weights(whole))
+
+
 def test_every_control_is_among_them(tmp_path: Path) -> None:
     args = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "steps_per_generation": 4}
     configs = [EntropyGRPOConfig(**args, **settings) for settings in EVERY.values()]
