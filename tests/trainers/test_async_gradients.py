@@ -84,7 +84,7 @@ def gradients(loss: Tensor, policy: GivenOutputs) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("prefix", [None, *LOSSES])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, 2])  # the second begins with a prompt of one token
 def test_gradients_are_the_formulas(make_async: Callable[..., Any], prefix: str | None, seed: int) -> None:
     fields, formula = LOSSES[prefix] if prefix else ({"record_tokens": 8}, weighted(plain))
     worker = async_parts.MadeRollouts(seed, group_size=12)

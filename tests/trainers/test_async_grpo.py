@@ -1,9 +1,11 @@
 """Asynchronous GRPO on made-up rollouts: TRL's own training where nothing is on, several processes, resuming."""
 
 import copy
+import functools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,21 +51,31 @@ def test_with_nothing_on_it_is_trls(make_async: Callable[..., Any], config: str)
 
 
 def test_recording_changes_no_bit(make_async: Callable[..., Any], tmp_path: Any) -> None:
-    plain, recorded = make_async(), make_async(tmp_path / "recorded", record_tokens=16)
+    # prompts of three lengths in a micro-batch
+    plain, recorded = (
+        make_async(tmp_path / name, rollout_worker=async_parts.MadeRollouts(group_size=1), record_tokens=tokens)
+        for name, tokens in (("plain", 0), ("recorded", 16))
+    )
     for trainer in (plain, recorded):
         trainer.train()
     torch.testing.assert_close(weights(recorded), weights(plain), rtol=0, atol=0)
     rows = read_record(tmp_path / "recorded")
     assert set(rows.sampled.column("step")) == {1, 2, 3, 4}
     of_first_step = rows.whole.where(rows.whole.column("step") == 1)
-    for index, sample in enumerate(recorded.rollout_worker.taken[:2]):
+    samples = recorded.rollout_worker.taken[:4]  # which TRL has packed in an order of its own
+    assert len({int(sample.completion_mask.argmax()) for sample in samples}) > 1, "all prompts are of one length"
+    found = []
+    for index in range(2):
         one = of_first_step.where(of_first_step.column("completion") == index)
         order = one.column("position").argsort()
-        # up to the last token that the model wrote
-        length = int(sample.completion_mask.nonzero()[0][-1]) + 1
-        assert one.column("token_id")[order].tolist()[:length] == sample.input_ids[:length].tolist()
-        written = one.column("written")[order][:length]
-        assert written.tolist() == sample.completion_mask[:length].tolist()
+        ids, written = (one.column(name)[order].tolist() for name in ("token_id", "written"))
+        for sample in samples:
+            # up to the last token that the model wrote
+            length = int(sample.completion_mask.nonzero()[0][-1]) + 1
+            if ids[:length] == sample.input_ids[:length].tolist():
+                assert written[:length] == sample.completion_mask[:length].tolist()
+                found.append(sample.group_id)
+    assert len(set(found)) == len(found) == 2
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +171,18 @@ def test_a_checkpoint_without_the_controls_begins_them_anew(
     assert len(resumed.active.states["epo"].steps) == 1
 
 
-def test_ages_are_those_of_the_update(make_async: Callable[..., Any]) -> None:
+def test_ages_are_those_of_the_update(make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL counts the age when a sample leaves the queue; by its update the weights may have been handed over again."""
     worker = async_parts.MadeRollouts(ages=(0,))
     trainer = make_async(rollout_worker=worker, erc_low=0.9, erc_high=1.1)
+    forward = trainer.model.forward
+
+    @functools.wraps(forward)
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.model, "forward", slow)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     versions = [sample.model_version for sample in worker.taken]
@@ -171,7 +191,7 @@ def test_ages_are_those_of_the_update(make_async: Callable[..., Any]) -> None:
     assert [entry["staleness/age"] for entry in entries] == [0.0, 1.0, 1.0, 1.0]
     assert [entry["staleness/tokens_age_1"] for entry in entries] == [0.0, 1.0, 1.0, 1.0]
     assert [entry["erc/clip_fraction"] > 0 for entry in entries] == [False, True, True, True]
-    assert all(0 < entry["perf/fwd_s"] < entry["perf/fwd_bwd_s"] for entry in entries)
+    assert all(0.02 <= entry["perf/fwd_s"] < entry["perf/fwd_bwd_s"] for entry in entries)
 
 
 def test_the_adapter_alone_is_kept(make_async: Callable[..., Any]) -> None:

@@ -1,7 +1,9 @@
 """The classes that `entropy_controlled` makes: their names, their configurations, and that they are pickled."""
 
+import functools
 import multiprocessing
 import pickle
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -131,6 +133,14 @@ class TakenTrainer(GRPOTrainer):
         """Something else."""
 
 
+def decorated(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return call
+
+
 class StoringTrainer(GRPOTrainer):
     """Its attributes `mode` and `active` are its own."""
 
@@ -138,6 +148,7 @@ class StoringTrainer(GRPOTrainer):
         self.mode = "chain of thought"
         super().__init__(*args, **kwargs)
 
+    @decorated
     def train(self, *args: Any, **kwargs: Any) -> Any:
         def switch_on() -> None:
             self.active, self.own = True, 1

@@ -225,6 +225,9 @@ def test_a_truncated_completion_that_is_masked_is_in_its_group_s_mean(
     want = torch.where(counted, plain["advantages"].unsqueeze(1) + to_go - baseline.unsqueeze(1), 0.0)
     torch.testing.assert_close(output["advantages"], want, rtol=0, atol=1e-6)
     assert trainers[1]._metrics["train"]["token_rewards"] == [pytest.approx(rewards.sum(1).mean().item(), abs=1e-6)]
+    settings = {"rollout_func": rollout("token_advantages", truncated=1), "mask_truncated_completions": True}
+    given = rolled_out(make_trainer(tmp_path / "advantages", **settings))["advantages"]
+    assert torch.equal(given, torch.where(counted, rewards, 0.0))
 
 
 @pytest.mark.parametrize("kind", ["tensor", "bfloat16", "array"])
