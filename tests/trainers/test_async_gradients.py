@@ -19,7 +19,7 @@ from .async_reference import LOSSES, Token, plain, weighted
 
 async_parts.require("async_grpo")
 
-VERSION = 4
+VERSION, ACCUMULATION = 4, 2
 
 
 class GivenOutputs(nn.Module):
@@ -63,7 +63,7 @@ def batch_of(trainer: Any) -> tuple[dict[str, Tensor], GivenOutputs, list[Token]
         entropies[version] = policy.entropy.tolist()
         if trainer._versions is not None:
             trainer._versions.keep(version, policy)
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps = ACCUMULATION
     trainer.state.max_steps = trainer.args.max_steps
     index = iter(inputs["token_index"][0].tolist())
     tokens = []
@@ -100,12 +100,31 @@ def test_gradients_are_the_formulas(make_async: Callable[..., Any], prefix: str 
     ages = {VERSION - sample.model_version for sample in worker.taken[:12]} if prefix == "erc" else set()
     assert policy.calls - calls == 1 + len(ages - {0})
     torch.testing.assert_close(inputs, given, rtol=0, atol=0)
-    expected = formula(tokens)
+    expected = formula(tokens) / ACCUMULATION
     for found, wanted in zip(gradients(loss, policy), gradients(expected, policy), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6 if prefix == "entropic" else 1e-9, atol=1e-13)
     if prefix is not None:
-        other = gradients(weighted(plain)(tokens), policy)
+        other = gradients(weighted(plain)(tokens) / ACCUMULATION, policy)
         assert not all(torch.allclose(*pair) for pair in zip(gradients(loss, policy), other, strict=True))
+
+
+def test_the_current_version_needs_a_pass_only_where_an_update_lies_between(make_async: Callable[..., Any]) -> None:
+    worker = async_parts.MadeRollouts(0, group_size=12)
+    trainer = make_async(per_device_train_batch_size=12, rollout_worker=worker, erc_low=0.8, erc_high=1.3)
+    inputs, policy, _ = batch_of(trainer)
+    versions = {sample.model_version for sample in worker.taken[:12]}
+    assert VERSION in versions
+
+    def passes() -> int:
+        before = policy.calls
+        trainer.compute_loss(policy, inputs)
+        return policy.calls - before
+
+    assert passes() == 1 + len(versions) - 1
+    trainer.state.global_step = 1
+    assert passes() == 1 + len(versions)
+    trainer.on_sync()
+    assert passes() == 1 + len(versions) - 1
 
 
 def test_what_is_known_when_samples_are_packed_waits_for_no_device(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -192,6 +193,20 @@ def test_ages_are_those_of_the_update(make_async: Callable[..., Any], monkeypatc
     assert [entry["staleness/tokens_age_1"] for entry in entries] == [0.0, 1.0, 1.0, 1.0]
     assert [entry["erc/clip_fraction"] > 0 for entry in entries] == [False, True, True, True]
     assert all(0.02 <= entry["perf/fwd_s"] < entry["perf/fwd_bwd_s"] for entry in entries)
+
+
+def test_a_masked_vocabulary_has_finite_entropies(make_async: Callable[..., Any]) -> None:
+    """Entries whose logits are minus infinity; the entropies of earlier weights are read too."""
+    trainer = make_async(epo_coef=0.1, erc_low=0.8, erc_high=1.3)
+    head = trainer.model.lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    head.bias.data[[5, 6, 7, 20]] = -torch.inf
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for name in ("loss", "grad_norm", "entropy", "epo/history", "erc/entropy_kept"):
+        values = [entry[name] for entry in entries if name in entry]
+        assert values, name
+        assert all(map(math.isfinite, values)), name
 
 
 def test_the_adapter_alone_is_kept(make_async: Callable[..., Any]) -> None:
