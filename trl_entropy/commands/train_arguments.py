@@ -108,6 +108,7 @@ def _with_known_config(argv: list[str]) -> list[str]:
         path = next(iter(argv[argv.index("--config") + 1 :]), "")
         if not os.path.isfile(path):
             raise FileNotFoundError(
-                f"--config {path!r} is not a file. The recipes in {recipes_dir()}: {', '.join(recipe_names())}."
+                f"--config {path!r} is not a file. The recipes in {recipes_dir()}, of which `trl-entropy recipes copy "
+                f"NAME` writes one out: {', '.join(recipe_names())}."
             )
     return argv
