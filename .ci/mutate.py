@@ -211,7 +211,7 @@ def stages(module: str) -> list[list[str]]:
     found.append([f"tests/{folder}", "--ignore=tests/critics/test_two_processes.py", "-m", "not slow"])
     trained = ["test_config", "test_wiring", "test_exact_gradients", "test_hostile_numbers", "test_new_control"]
     if folder == "critics":
-        trained = ["test_asyppo_config", "test_asyppo", "test_wiring"]
+        trained = ["test_asyppo_config", "test_asyppo", "test_asyppo_known_values", "test_wiring"]
     paths = [f"tests/{'' if name == 'test_new_control' else 'trainers/'}{name}.py" for name in trained]
     return [*found, paths]
 
