@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EPS = 0.2
+EPS, EPS_HIGH = 0.2, 0.28
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Token:
 def surrogate(t: Token, a: float | None = None) -> Tensor:
     """PPO's clipped loss with another advantage."""
     a, r = t.a if a is None else a, torch.exp(t.lp - t.old)
-    return -torch.min(r * a, r.clamp(1 - EPS, 1 + EPS) * a)
+    return -torch.min(r * a, r.clamp(1 - EPS, 1 + EPS_HIGH) * a)
 
 
 def below(t: Token) -> bool:
@@ -55,7 +55,7 @@ def below(t: Token) -> bool:
 
 
 def above(t: Token) -> bool:
-    return t.a > 0 and t.r > 1 + EPS
+    return t.a > 0 and t.r > 1 + EPS_HIGH
 
 
 def mean_entropy(tokens: list[Token]) -> float:
@@ -72,7 +72,7 @@ def ce_gppo(t: Token, alpha1: float, alpha2: float) -> Tensor:
     if below(t):
         return -alpha1 * (1 - EPS) * one * t.a
     if above(t):
-        return -alpha2 * (1 + EPS) * one * t.a
+        return -alpha2 * (1 + EPS_HIGH) * one * t.a
     return surrogate(t)
 
 

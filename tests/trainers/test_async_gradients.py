@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from trl_entropy.controls import CONTROLS
+from trl_entropy.telemetry.staleness import AGES
 from trl_entropy.trainers.async_controls import REFUSED, SUPPORTED
 
 from . import async_parts
-from .async_reference import LOSSES, Token, plain, weighted
+from .async_reference import EPS, EPS_HIGH, LOSSES, Token, above, below, plain, weighted
 
 async_parts.require("async_grpo")
 
 VERSION, ACCUMULATION = 4, 2
+CLIP = {"epsilon": EPS, "epsilon_high": EPS_HIGH}
 
 
 class GivenOutputs(nn.Module):
@@ -88,6 +90,7 @@ def gradients(loss: Tensor, policy: GivenOutputs) -> tuple[Tensor, ...]:
 def test_gradients_are_the_formulas(make_async: Callable[..., Any], prefix: str | None, seed: int) -> None:
     fields, formula = LOSSES[prefix] if prefix else ({"record_tokens": 8}, weighted(plain))
     worker = async_parts.MadeRollouts(seed, group_size=12)
+    fields = {**CLIP, "gradient_accumulation_steps": ACCUMULATION, "max_steps": 4 // ACCUMULATION, **fields}
     trainer = make_async(per_device_train_batch_size=12, rollout_worker=worker, **fields)
     inputs, policy, tokens = batch_of(trainer)
     if prefix is None:
@@ -108,10 +111,21 @@ def test_gradients_are_the_formulas(make_async: Callable[..., Any], prefix: str 
         assert not all(torch.allclose(*pair) for pair in zip(gradients(loss, policy), other, strict=True))
 
 
+def behaviour_gap(inputs: dict[str, Tensor], samples: list[Any]) -> float:
+    """Mean distance of the recorded log-probs from those of the samples' versions, but for the current one."""
+    policy, gaps = GivenOutputs(inputs["input_ids"].shape[1]), []
+    columns = [inputs[name][0] for name in ("token_index", "segment_id", "old_log_probs")]
+    for at, number, old in zip(*columns, strict=True):
+        if (version := samples[number].model_version) != VERSION:
+            policy.draw(version)
+            gaps.append(abs((policy.log_probs[at] - old).item()))
+    return sum(gaps) / len(gaps)
+
+
 def test_the_current_version_needs_a_pass_only_where_an_update_lies_between(make_async: Callable[..., Any]) -> None:
     worker = async_parts.MadeRollouts(0, group_size=12)
-    trainer = make_async(per_device_train_batch_size=12, rollout_worker=worker, erc_low=0.8, erc_high=1.3)
-    inputs, policy, _ = batch_of(trainer)
+    trainer = make_async(per_device_train_batch_size=12, rollout_worker=worker, erc_low=0.8, erc_high=1.3, **CLIP)
+    inputs, policy, tokens = batch_of(trainer)
     versions = {sample.model_version for sample in worker.taken[:12]}
     assert VERSION in versions
 
@@ -121,6 +135,12 @@ def test_the_current_version_needs_a_pass_only_where_an_update_lies_between(make
         return policy.calls - before
 
     assert passes() == 1 + len(versions) - 1
+    metrics = trainer.control_metrics()
+    assert metrics["staleness/behaviour_gap"] == pytest.approx(behaviour_gap(inputs, worker.taken))
+    shares = [metrics[f"staleness/tokens_{age}"] * metrics.get(f"staleness/clipped_{age}", 0.0) for age in AGES]
+    assert sum(shares) == pytest.approx(sum(below(t) or above(t) for t in tokens) / len(tokens))
+    assert any(map(below, tokens))
+    assert any(map(above, tokens))
     trainer.state.global_step = 1
     assert passes() == 1 + len(versions)
     trainer.on_sync()

@@ -172,6 +172,33 @@ def test_a_checkpoint_without_the_controls_begins_them_anew(
     assert len(resumed.active.states["epo"].steps) == 1
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_state_is_its_own_where_the_processes_are_as_many(
+    make_async: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    fields = {"epo_coef": 0.1, "save_strategy": "steps", "save_steps": 2}
+    make_async(tmp_path / "run", **fields, max_steps=2).train()
+    file = tmp_path / "run/checkpoint-2/controls_rank0.pt"
+    torch.save(torch.load(file, weights_only=True) | {"num_processes": processes}, file)
+    resumed, owned = make_async(tmp_path / "resumed", **fields, max_steps=3), []
+    load = type(resumed.active).load_state_dict
+
+    def watched(active: Any, saved: Any, *, own: bool) -> list[str]:
+        owned.append(own)
+        return load(active, saved, own=own)
+
+    monkeypatch.setattr(type(resumed.active), "load_state_dict", watched)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert owned == [processes == 1]
+
+
+def test_a_checkpoint_of_the_model_alone_has_no_states(make_async: Callable[..., Any], tmp_path: Any) -> None:
+    fields = {"epo_coef": 0.1, "save_strategy": "steps", "save_steps": 2, "max_steps": 2, "save_only_model": True}
+    make_async(tmp_path / "run", **fields).train()
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+    assert not (tmp_path / "run/checkpoint-2/controls_rank0.pt").exists()
+
+
 def test_ages_are_those_of_the_update(make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL counts the age when a sample leaves the queue; by its update the weights may have been handed over again."""
     worker = async_parts.MadeRollouts(ages=(0,))
@@ -193,6 +220,28 @@ def test_ages_are_those_of_the_update(make_async: Callable[..., Any], monkeypatc
     assert [entry["staleness/tokens_age_1"] for entry in entries] == [0.0, 1.0, 1.0, 1.0]
     assert [entry["erc/clip_fraction"] > 0 for entry in entries] == [False, True, True, True]
     assert all(0.02 <= entry["perf/fwd_s"] < entry["perf/fwd_bwd_s"] for entry in entries)
+
+
+def test_a_metric_of_an_update_is_the_mean_over_the_tokens_of_all_its_samples(make_async: Callable[..., Any]) -> None:
+    worker = async_parts.MadeRollouts()
+    trainer = make_async(rollout_worker=worker, record_tokens=8, gradient_accumulation_steps=2)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for step, entry in enumerate(entries):
+        samples = worker.taken[8 * step : 8 * step + 8]
+        tokens = [int(sample.completion_mask.sum()) for sample in samples]
+        ages = [step + 1 - sample.model_version for sample in samples]
+        expected = sum(n * age for n, age in zip(tokens, ages, strict=True)) / sum(tokens)
+        assert entry["staleness/age"] == pytest.approx(expected)
+
+
+def test_a_sample_that_waits_for_its_update_finds_its_version(make_async: Callable[..., Any]) -> None:
+    """It may be older by then than `max_staleness`, which TRL applies when it leaves the queue."""
+    worker = async_parts.MadeRollouts(ages=(0, 1))
+    trainer = make_async(rollout_worker=worker, max_staleness=1, max_steps=6, erc_low=0.8, erc_high=1.3)
+    trainer.train()
+    assert max(entry.get("staleness/age", 0.0) for entry in trainer.state.log_history) > 1.0
+    assert len(trainer._versions._kept) == 1 + async_grpo.VERSIONS_IN_FLIGHT
 
 
 def test_a_masked_vocabulary_has_finite_entropies(make_async: Callable[..., Any]) -> None:
