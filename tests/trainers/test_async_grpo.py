@@ -172,6 +172,21 @@ def test_a_checkpoint_without_the_controls_begins_them_anew(
     assert len(resumed.active.states["epo"].steps) == 1
 
 
+def test_what_is_recorded_is_written_before_a_checkpoint(
+    make_async: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_async(record_tokens=8, save_strategy="steps", save_steps=2, max_steps=2)
+    save, written = async_contact.AsyncGRPOTrainer._save_checkpoint, []
+
+    def watched(*given: Any) -> None:
+        written.append({int(step) for step in read_record(tmp_path / "run").sampled.column("step")})
+        save(*given)
+
+    monkeypatch.setattr(async_contact.AsyncGRPOTrainer, "_save_checkpoint", watched)
+    trainer.train()
+    assert written == [{1, 2}]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_state_is_its_own_where_the_processes_are_as_many(
     make_async: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, processes: int
