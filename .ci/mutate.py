@@ -3,9 +3,11 @@
     python .ci/mutate.py RESULTS.jsonl                          # 300 seeded mutants; go on where it was stopped
     python .ci/mutate.py RESULTS.jsonl --count 50 --seed 1 controls/erc.py
 
-For each mutant the mirror of its module is run first (`tests/controls/test_erc.py`), then what else tests it, until
-something fails. Every run is a fork of this process, which has imported torch, TRL and pytest; its CPU time is
-limited. RESULTS has one JSON object a line: the place, the mutation, `killed` or `survived`, and by which tests.
+The tests are run unbroken first, which must pass, and what each of them runs of the package is written to
+RESULTS.tests.json. Then for each mutant those that run the function it is in, the nearest and quickest first
+(`tests/controls/test_erc.py`, then the rest of its folder, then the others), until one fails. Every run is a fork of
+this process, which has imported torch, TRL and pytest; its CPU time is limited. RESULTS has one JSON object a line:
+the place, the mutation, `killed` or `survived`, and by how many tests.
 """
 
 import argparse
@@ -14,23 +16,31 @@ import copy
 import importlib.abc
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import resource
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trl_entropy"
+PREFIX = f"{PACKAGE}/"
 FOLDERS = ("controls", "critics")
-CPU_LIMIT = 180
-"""Seconds of CPU time of one run of tests."""
+TESTS = tuple(f"tests/{name}" for name in ("controls", "critics", "telemetry", "trainers"))
+"""Tests, without those marked slow and those of several processes, which have no mutant."""
+PASSED, NO_TESTS = 0, 5
+"""pytest's exit codes."""
 WALL_LIMIT = 1800
 
 SWAPS: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
@@ -203,25 +213,37 @@ def module_name(module: str) -> str:
     return "trl_entropy." + module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def stages(module: str) -> list[list[str]]:
-    """Files of tests, the nearest first."""
-    folder, stem = Path(module).parent.name, Path(module).stem
-    mirrors = [f"tests/{folder}/test_{stem}.py", f"tests/trainers/test_{stem}.py"]
-    found = [[path] for path in mirrors if (ROOT / path).exists()]
-    found.append([f"tests/{folder}", "--ignore=tests/critics/test_two_processes.py", "-m", "not slow"])
-    trained = ["test_config", "test_wiring", "test_exact_gradients", "test_hostile_numbers", "test_new_control"]
-    if folder == "critics":
-        trained = ["test_asyppo_config", "test_asyppo", "test_asyppo_known_values", "test_wiring"]
-    paths = [f"tests/{'' if name == 'test_new_control' else 'trainers/'}{name}.py" for name in trained]
-    return [*found, paths]
+class Watch:
+    """Notes what each test runs of the package, and its seconds of CPU time."""
+
+    def __init__(self, into: Path) -> None:
+        self.into, self.runs = into, set[str]()
+        self.tests: dict[str, Any] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        self.runs, began = set(), time.process_time()
+        sys.settrace(self.note)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            self.tests[item.nodeid] = {"seconds": time.process_time() - began, "runs": sorted(self.runs)}
+
+    def note(self, frame: FrameType, event: str, argument: Any) -> None:
+        if frame.f_code.co_filename.startswith(PREFIX):
+            self.runs.add(f"{frame.f_code.co_filename.removeprefix(PREFIX)}:{frame.f_code.co_firstlineno}")
+
+    def pytest_sessionfinish(self) -> None:
+        self.into.write_text(json.dumps(self.tests), encoding="utf-8")
 
 
-def run_tests(arguments: list[str], mutant: Mutant | None) -> bool:
-    """Whether the tests pass, in a fork."""
+def run_tests(arguments: list[str], cpu_limit: int, mutant: Mutant | None = None, plugin: Any = None) -> int:
+    """pytest's exit code, of a fork."""
     child = os.fork()
     if child == 0:
-        os.setpgid(0, 0)
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, cpu_limit))
+        signal.alarm(WALL_LIMIT)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
@@ -230,29 +252,99 @@ def run_tests(arguments: list[str], mutant: Mutant | None) -> bool:
             if mutant:
                 finder = Mutated(module_name(mutant.module), PACKAGE / mutant.module, apply(mutant)[0])
                 sys.meta_path.insert(0, finder)
-            import pytest
-
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+            code = int(pytest.main([*options, *arguments], plugins=[plugin] if plugin else []))
         finally:
             os._exit(code)
-    deadline = time.monotonic() + WALL_LIMIT
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status == 0
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def try_out(mutant: Mutant) -> dict[str, Any]:
+def watch(file: str) -> dict[str, Any]:
+    """Its tests, by name: what each runs of the package."""
+    with tempfile.TemporaryDirectory() as folder:
+        into = Path(folder) / "tests.json"
+        if run_tests([file], WALL_LIMIT, plugin=Watch(into)) not in (PASSED, NO_TESTS):
+            raise RuntimeError(f"{file} fails without a mutant")
+        return json.loads(into.read_text(encoding="utf-8"))
+
+
+def watch_all(given: list[str], pool: Any) -> dict[str, Any]:
+    files = [str(path) for name in given for path in sorted(Path(name).glob("test_*.py")) or [name]]
+    files = [path for path in files if "test_two_processes" not in path]
+    return {name: row for tests in pool.imap_unordered(watch, files) for name, row in tests.items()}
+
+
+@cache
+def functions(module: str) -> dict[int, str]:
+    """The innermost function that each node of `ast.walk` is in, as `Watch` notes it."""
+    tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+    owners: dict[ast.AST, str] = {}
+    for outer in ast.walk(tree):
+        if isinstance(outer, ast.FunctionDef):
+            first = min(part.lineno for part in (outer, *outer.decorator_list))
+            owners |= dict.fromkeys(ast.walk(outer), f"{module}:{first}")
+    return {index: owners[node] for index, node in enumerate(ast.walk(tree)) if node in owners}
+
+
+def choose(mutant: Mutant, tests: dict[str, Any], budget: float) -> list[tuple[list[str], int]]:
+    """Tests in its folder, then others, with a limit of CPU time each.
+
+    They are those that run the function of the mutant; where none does, as with what runs on import, its module.
+    """
+    owner = functions(mutant.module).get(mutant.node)
+    names = [name for name, row in tests.items() if owner in row["runs"]] or [
+        name for name, row in tests.items() if any(run.startswith(f"{mutant.module}:") for run in row["runs"])
+    ]
+    folder, stem = Path(mutant.module).parent.name, Path(mutant.module).stem
+    groups: tuple[list[str], list[str]] = ([], [])
+    spent = [0.0, 0.0]
+    for name in sorted(names, key=lambda name: (f"/test_{stem}.py" not in name, tests[name]["seconds"])):
+        far = not name.startswith(f"tests/{folder}/")
+        if sum(spent) < budget:
+            groups[far].append(name)
+            spent[far] += tests[name]["seconds"]
+    return [(group, 60 + 5 * int(seconds)) for group, seconds in zip(groups, spent, strict=True) if group]
+
+
+def try_out(trial: tuple[Mutant, list[tuple[list[str], int]]]) -> dict[str, Any]:
+    mutant, groups = trial
     _, line, words = apply(mutant)
-    began, found = time.monotonic(), {**mutant._asdict(), "line": line, "mutation": words}
-    for arguments in stages(mutant.module):
-        if not run_tests(arguments, mutant):
-            return {**found, "result": "killed", "by": arguments[0], "seconds": round(time.monotonic() - began, 1)}
-    return {**found, "result": "survived", "seconds": round(time.monotonic() - began, 1)}
+    began = time.monotonic()
+    killed = any(run_tests(names, cpu_limit, mutant) != PASSED for names, cpu_limit in groups)
+    return {
+        **mutant._asdict(),
+        "line": line,
+        "mutation": words,
+        "result": "killed" if killed else "survived",
+        "tests": sum(len(names) for names, _ in groups),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def try_all(chosen: list[Mutant], given: argparse.Namespace, pool: Any) -> dict[Mutant, dict[str, Any]]:
+    """What became of each mutant; those that RESULTS has are not tried again, or its survivors alone."""
+    watched = given.results.with_suffix(".tests.json")
+    if given.again or not watched.exists():
+        watched.write_text(json.dumps(watch_all(given.tests, pool)), encoding="utf-8")
+    tests = json.loads(watched.read_text(encoding="utf-8"))
+    lines = given.results.read_text(encoding="utf-8").splitlines() if given.results.exists() else []
+    done = {Mutant(row["module"], row["node"], row["choice"]): row for row in map(json.loads, lines)}
+    kept = {mutant for mutant, row in done.items() if not given.again or row["result"] == "killed"}
+    trials = [(mutant, choose(mutant, tests, given.seconds)) for mutant in chosen if mutant not in kept]
+    with given.results.open("a", encoding="utf-8") as file:
+        for row in pool.imap_unordered(try_out, trials):
+            done[Mutant(row["module"], row["node"], row["choice"])] = row
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    return done
+
+
+def load() -> None:
+    """Import what the tests need but the package itself, which each fork imports anew, with its mutant."""
+    for name in ("hypothesis", "peft", "transformers", "trl_entropy", "trl_entropy.commands.train"):
+        importlib.import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trl_entropy"]:
+        del sys.modules[name]
 
 
 def main() -> int:
@@ -261,25 +353,23 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", help="files below trl_entropy; all of controls and critics if left out")
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=120, help="CPU time of the tests of a mutant that survives")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="folders or files")
+    parser.add_argument("--again", action="store_true", help="try survivors again, after tests have changed")
+    parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
+    load()
     every = [str(path.relative_to(PACKAGE)) for name in FOLDERS for path in sorted((PACKAGE / name).rglob("*.py"))]
     candidates = [mutant for module in given.modules or every for mutant in mutants_of(module)]
     chosen = random.Random(given.seed).sample(candidates, min(given.count, len(candidates)))
-    print(f"{len(chosen)} of {len(candidates)} mutants")
-    lines = given.results.read_text(encoding="utf-8").splitlines() if given.results.exists() else []
-    done = {(row["module"], row["node"], row["choice"]): row for row in map(json.loads, lines)}
-    for name in ("hypothesis", "peft", "pytest", "torch", "transformers", "trl"):
-        importlib.import_module(name)
-    for mutant in chosen:
-        if tuple(mutant) not in done:
-            done[tuple(mutant)] = row = try_out(mutant)
-            with given.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    survivors = [done[tuple(mutant)] for mutant in chosen if done[tuple(mutant)]["result"] == "survived"]
+    print(f"{len(chosen)} of {len(candidates)} mutants", flush=True)
+    with multiprocessing.get_context("fork").Pool(given.jobs) as pool:
+        done = try_all(chosen, given, pool)
+    survivors = [done[mutant] for mutant in chosen if done[mutant]["result"] == "survived"]
     for row in sorted(survivors, key=lambda row: (row["module"], row["line"])):
-        print(f"{row['module']}:{row['line']}: {row['mutation']}")
+        print(f"{row['module']}:{row['line']}: {row['mutation']} ({row['tests']} tests)")
     print(f"killed: {len(chosen) - len(survivors)} of {len(chosen)}")
     return 0
 
