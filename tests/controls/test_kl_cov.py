@@ -55,11 +55,11 @@ def test_with_ppo_clip_the_others_are_left_alone():
 
 
 def test_the_dual_clip_is_counted_where_it_acts():
-    before = tokens([20.0, 20.0], [-1.0, -1.0])
-    _, metrics = shape(True, before, [True, False], delta=10.0)
-    assert metrics["kl_cov/ppo_clip_fraction"].totals().tolist() == [1.0, 2.0]
-    _, metrics = shape(True, before, [True, False])
-    assert metrics["kl_cov/ppo_clip_fraction"].totals().tolist() == [0.0, 2.0]
+    before = tokens([20.0, 20.0, 20.0], [-1.0, -1.0, 0.0])  # the last has no gradient to lose
+    _, metrics = shape(True, before, [True, False, False], delta=10.0)
+    assert metrics["kl_cov/ppo_clip_fraction"].totals().tolist() == [1.0, 3.0]
+    _, metrics = shape(True, before, [True, False, False])
+    assert metrics["kl_cov/ppo_clip_fraction"].totals().tolist() == [0.0, 3.0]
 
 
 def test_a_dropped_token_keeps_its_penalty():

@@ -95,6 +95,7 @@ LACKS: dict[str, list[dict[str, Any]]] = {
     ],
     "clip_is_rounding": [
         {**HEALTHY, "erc__rounding_fraction": 0.04},
+        {**HEALTHY, "erc__rounding_fraction": 0.05},  # a quarter, and no more
         {
             **HEALTHY,
             "erc__clip_fraction": 0.0,
