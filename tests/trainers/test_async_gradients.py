@@ -147,6 +147,28 @@ def test_the_current_version_needs_a_pass_only_where_an_update_lies_between(make
     assert passes() == 1 + len(versions) - 1
 
 
+def test_the_record_has_each_token_as_its_author_wrote_it(
+    make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = async_parts.MadeRollouts(0, group_size=12)
+    fields = {"erc_low": 0.8, "erc_high": 1.3, "record_tokens": 8, **CLIP}
+    trainer = make_async(per_device_train_batch_size=12, rollout_worker=worker, **fields)
+    inputs, policy, tokens = batch_of(trainer)
+    recorded: list[Any] = []
+    monkeypatch.setattr(trainer._recorder, "add", recorded.append)
+    trainer.compute_loss(policy, inputs)
+    (batch,) = recorded
+    first = {t.sample: t.place for t in reversed(tokens)}
+    assert int(batch.mask.sum()) == len(tokens)
+    for t in tokens:
+        at = t.sample, t.place - first[t.sample]
+        columns = [batch.inputs[name][at] for name in ("old_per_token_logps", "old_entropies", "advantages")]
+        found = [*columns, batch.logps[at], batch.entropies[at]]
+        expected = [t.old, t.old_entropy, t.a, t.lp.item(), t.entropy.item()]
+        assert [one.item() for one in found] == pytest.approx(expected, rel=1e-6)
+        assert int(batch.inputs["completion_ids"][at]) == int(worker.taken[t.sample].input_ids[t.place])
+
+
 def test_what_is_known_when_samples_are_packed_waits_for_no_device(
     make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
