@@ -144,4 +144,4 @@ def test_the_range_is_the_one_that_is_tested_and_said() -> None:
     assert f'"trl>={OLDEST}",' in requirements
     assert f'OLDEST, BETWEEN = "{OLDEST}.0"' in nox
     assert re.search(rf"(?m)^trl=={re.escape(NEWEST)}\.\d+$", pins)
-    assert f"Supported: TRL {OLDEST} to {NEWEST}" in readme
+    assert f"Supported are TRL {OLDEST} to {NEWEST}" in readme
