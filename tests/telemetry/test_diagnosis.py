@@ -189,6 +189,20 @@ def test_an_entry_of_several_steps_counts_as_them(entropies: Any, every: int, fo
     assert [finding.rule for finding in diagnose([*log, summary])] == found
 
 
+@pytest.mark.parametrize(
+    ("every", "steps", "evaluations"),
+    [(10, 151, ()), (20, 301, ()), (10, 101, ()), (8, 65, ()), (100, 1001, ()), (10, 100, (33, 66, 99))],
+)
+def test_entries_at_odd_steps_hide_nothing(every: int, steps: int, evaluations: tuple[int, ...]) -> None:
+    """A last step beyond the last entry, whose summary has no metric of the training, and evaluations between."""
+    log = [{"step": at, "entropy": 2 * math.exp(-6 * at / steps)} for at in range(every, steps + 1, every)]
+    log += [{"step": at, "eval_reward": 0.5} for at in evaluations]
+    log.sort(key=lambda entry: entry["step"])
+    log.append({"step": steps, "train_runtime": 1.0})
+    assert health.long_enough(log)
+    assert [finding.rule for finding in diagnose(log)] == ["entropy_collapse"]
+
+
 def test_finding_names_numbers_and_fields() -> None:
     (finding,) = diagnose(renamed(log_of(**FAULTS["ce_gppo_runaway"][0])))
     # reward 0.5 (1 - done): the best window is the first, steps 1 to 8, the last is steps 33 to 40

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 LogHistory = Sequence[dict[str, Any]]
@@ -48,9 +48,12 @@ def logged_steps(log_history: LogHistory) -> list[float]:
 
 
 def entries_of_window(log_history: LogHistory) -> int:
-    """As many log entries as cover `WINDOW` optimizer steps; each is a mean of the steps since the one before."""
-    every = min((later - step for step, later in pairwise(logged_steps(log_history))), default=1.0)
-    return math.ceil(WINDOW / every)
+    """As many log entries as cover `WINDOW` optimizer steps; each is a mean of the steps since the one before.
+
+    The gap between two entries is the usual one: evaluations between them, and the end of the run, may be nearer.
+    """
+    gaps = [later - step for step, later in pairwise(logged_steps(log_history))]
+    return math.ceil(WINDOW / median(gaps)) if gaps else WINDOW
 
 
 def needed_entries(log_history: LogHistory) -> int:
@@ -59,8 +62,9 @@ def needed_entries(log_history: LogHistory) -> int:
 
 
 def long_enough(log_history: LogHistory) -> bool:
-    """Whether a metric of which every entry has a value makes a trend."""
-    return len(logged_steps(log_history)) >= needed_entries(log_history)
+    """Whether any metric of the training makes a trend."""
+    names = {name for entry in log_history for name in entry if not name.startswith("eval_")} - {"step", "epoch"}
+    return any(enough(log_history, name) for name in names)
 
 
 def enough(log_history: LogHistory, key: str) -> list[float]:
