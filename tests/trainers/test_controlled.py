@@ -13,7 +13,7 @@ import pytest
 import trl
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig
 
-from tests.trainers.subclasses import BeforeTrainer, LoggingTrainer, ScaledConfig, ScaledTrainer
+from tests.trainers.subclasses import BeforeTrainer, LoggingTrainer, ScaledConfig, ScaledTrainer, made
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer, entropy_controlled
 from trl_entropy.trainers import EntropyControlMixin
 from trl_entropy.trainers.controlled import config_of, controlled_config
@@ -168,11 +168,51 @@ class AnnotatedTrainer(GRPOTrainer):
         self._step = 0
 
 
+class OthersTrainer(GRPOTrainer):
+    """Stores `active` on other objects than itself, under the first name of a method's arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        class Switch:
+            def __init__(self) -> None:
+                self.active = True
+
+        super().__init__(*args, **kwargs)
+        self.switch = Switch()
+
+    @staticmethod
+    def switch_on(module: Any) -> None:
+        module.active = True
+
+
+class PairTrainer(GRPOTrainer):
+    """Generates for a rollout of its own."""
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        return "prompts", "completions"
+
+
 @dataclass
 class StoringConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.recording_enabled = True
+
+
+def test_what_is_stored_elsewhere_is_no_collision() -> None:
+    assert issubclass(entropy_controlled(OthersTrainer), OthersTrainer)
+
+
+def test_a_collision_is_seen_among_many_attributes() -> None:
+    lines = "\n".join(f"        self.own_{index} = {index}" for index in range(300))
+    source = f"class Long(GRPOTrainer):\n    def __init__(self):\n{lines}\n        self.active = True\n"
+    namespace: dict[str, Any] = {"GRPOTrainer": GRPOTrainer, "__name__": __name__}
+    exec(source, namespace)
+    with pytest.raises(TypeError, match="both have active, with another meaning"):
+        entropy_controlled(namespace["Long"])
+
+
+def test_a_rollout_of_its_own_may_return_what_it_likes(make_trainer: Callable[..., Any]) -> None:
+    assert made(make_trainer, PairTrainer)._generate() == ("prompts", "completions")
 
 
 def test_the_configuration_class_is_found() -> None:

@@ -230,6 +230,18 @@ def test_a_truncated_completion_that_is_masked_is_in_its_group_s_mean(
     assert torch.equal(given, torch.where(counted, rewards, 0.0))
 
 
+def test_a_rollout_function_may_give_a_tuple_of_lists(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
+    def rolls(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        output = rollout("token_rewards")(prompts, trainer)
+        return output | {"token_rewards": tuple(output["token_rewards"])}
+
+    listed, given = (
+        rolled_out(make_trainer(tmp_path / name, rollout_func=function))
+        for name, function in (("list", rollout("token_rewards")), ("tuple", rolls))
+    )
+    assert torch.equal(given["advantages"], listed["advantages"])
+
+
 @pytest.mark.parametrize("kind", ["tensor", "bfloat16", "array"])
 @pytest.mark.parametrize("source", ["reward", "rollout"])
 @pytest.mark.parametrize("name", ["token_rewards", "token_advantages"])

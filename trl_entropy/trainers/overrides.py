@@ -133,16 +133,21 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 def stored_attributes(cls: type) -> set[str]:
     """The attributes that the methods of a class store on its objects, as `self.name = ...` does."""
-    codes = (getattr(inspect.unwrap(value), "__code__", None) for value in vars(cls).values() if callable(value))
-    return {name for code in codes if code is not None and code.co_argcount for name in _stores(code)}
+    methods = (value for value in vars(cls).values() if callable(value) and not isinstance(value, staticmethod))
+    codes = (getattr(inspect.unwrap(method), "__code__", None) for method in methods)
+    return {name for code in codes if code is not None and code.co_argcount for name in _stores(code, code)}
 
 
-def _stores(method: CodeType) -> Iterator[str]:
+def _stores(code: CodeType, method: CodeType) -> Iterator[str]:
     this = method.co_varnames[0]
-    for code in _codes(method):
-        steps = list(dis.get_instructions(code))
-        for before, step in pairwise(steps):
-            # some releases of Python load two variables in one step
-            loaded = before.argval if isinstance(before.argval, tuple) else (before.argval,)
-            if step.opname == "STORE_ATTR" and this in loaded[-1:]:
-                yield step.argval
+    # a large number of a name is a step of its own before the one that it belongs to
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    for before, step in pairwise(steps):
+        # some releases of Python load two variables in one step
+        loaded = before.argval if isinstance(before.argval, tuple) else (before.argval,)
+        if step.opname == "STORE_ATTR" and this in loaded[-1:]:
+            yield step.argval
+    for inner in code.co_consts:
+        # in a function within it this name may be another object's
+        if isinstance(inner, CodeType) and this in inner.co_freevars:
+            yield from _stores(inner, method)

@@ -144,9 +144,10 @@ class RolloutContact(ExactResume):
             )
         return rows, entropies
 
-    def _generate(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
         generated = super()._generate(*args, **kwargs)
-        self._tool_masks = generated[2]  # before TRL masks truncated completions
+        if isinstance(generated, tuple) and len(generated) > 2:  # as TRL's; an override may have what it likes
+            self._tool_masks = generated[2]  # before TRL masks truncated completions
         return generated
 
     def written(self, like: Tensor) -> Tensor:
@@ -160,7 +161,8 @@ class RolloutContact(ExactResume):
         return torch.stack(rows).bool().to(like.device)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        self._rewards_per_func, self._scored_ids, self._token_values = None, None, TokenCollector()
+        self._rewards_per_func = self._scored_ids = self._tool_masks = None
+        self._token_values = TokenCollector()
         self._rollout_forwards = [] if self.hooks_active and self.wants_old_entropies else None
         try:
             output = super()._generate_and_score_completions(inputs)

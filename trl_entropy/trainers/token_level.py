@@ -84,6 +84,11 @@ class TokenValues:
         return values
 
 
+def is_whole(row: Any) -> bool:
+    """Whether what stands in a completion's row is of all completions: a tensor or an array, or a tuple of lists."""
+    return getattr(row, "ndim", 0) > 1 or (isinstance(row, tuple) and any(hasattr(one, "__len__") for one in row))
+
+
 class TokenCollector:
     """Takes what functions say of single tokens out of what they return."""
 
@@ -128,7 +133,7 @@ class TokenCollector:
         """What a rollout function says, from the fields that TRL has put into the rows."""
         fields = {name: [row.get(name) for row in inputs] for name in FIELDS if any(name in row for row in inputs)}
         # TRL puts a row of a list into each of its rows, and what is no list as a whole
-        whole = {name: rows[0] for name, rows in fields.items() if getattr(rows[0], "ndim", 0) > 1}
+        whole = {name: rows[0] for name, rows in fields.items() if is_whole(rows[0])}
         self._keep(fields | whole, source, 1.0)
 
     def _keep(self, fields: dict[str, Any], source: str, weight: float) -> None:
