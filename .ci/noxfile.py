@@ -62,8 +62,9 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
 
 
 def remove(session: nox.Session) -> None:
-    """The environment, once its tests have passed: each has two gigabytes."""
-    shutil.rmtree(session.virtualenv.location)
+    """The environment, once all of its tests have passed: each has two gigabytes."""
+    if not session.posargs:
+        shutil.rmtree(session.virtualenv.location)
 
 
 @nox.session

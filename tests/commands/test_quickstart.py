@@ -226,6 +226,13 @@ def test_arms_of_another_model_are_not_kept(pretrained: str, tmp_path: Path) -> 
     assert first["arms"]["erc"]["seconds"] != second["arms"]["erc"]["seconds"]
 
 
+def test_a_model_that_is_not_there_is_told_before_any_work(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    with pytest.raises(SystemExit, match=r"trl-entropy quickstart: error: [^\n]*nowhere[^\n]*$"):
+        quickstart.main(["--model", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_whose_package_is_missing_is_told_before_any_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -34,10 +34,21 @@ def test_a_method_that_is_gone_is_named(
 
 def test_a_trl_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(name: str) -> Any:
-        raise ModuleNotFoundError(name)
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(async_contact, "import_module", gone)
     with pytest.raises(ImportError, match=r"TRL [\d.]+ has no AsyncGRPOTrainer: .*pip install 'trl==1.16"):
+        async_contact.find("AsyncGRPOTrainer")
+
+
+def test_a_package_that_it_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str) -> Any:
+        if name == async_contact.WHERE[-1]:
+            raise ModuleNotFoundError("No module named 'aiohttp'", name="aiohttp")
+        return SimpleNamespace()
+
+    monkeypatch.setattr(async_contact, "import_module", without)
+    with pytest.raises(ImportError, match=r"AsyncGRPOTrainer cannot be imported: No module named 'aiohttp'"):
         async_contact.find("AsyncGRPOTrainer")
 
 

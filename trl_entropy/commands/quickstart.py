@@ -24,6 +24,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PrinterCallback,
@@ -86,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_if_wrong("quickstart", (ImportError, OSError)):
         require_plots()
         model = arguments.model and resolve_model(arguments.model)
+        if model:
+            AutoConfig.from_pretrained(model)
     setup = PRETRAINED if model else SMALL
     torch.set_num_threads(setup.num_threads)
     output, recipe = Path(arguments.output_dir), yaml.safe_load(recipe_path(setup.recipe).read_text(encoding="utf-8"))

@@ -32,15 +32,20 @@ def find(name: str) -> Any:
     """A class of TRL's asynchronous trainer, wherever this release has it.
 
     Raises:
-        ImportError: If it has none.
+        ImportError: If it has none, or what it has cannot be imported: for another package that is not installed.
     """
+    cause: Exception | None = None
     for module in WHERE:
         try:
             found = getattr(import_module(module), name, None)
-        except (ImportError, RuntimeError):
+        except (ImportError, RuntimeError) as error:
+            if not (getattr(error, "name", None) or "").startswith("trl"):
+                cause = error  # a module that TRL has, and that cannot be imported
             continue
         if found is not None:
             return found
+    if cause is not None:
+        raise ImportError(f"TRL {trl.__version__}'s {name} cannot be imported: {cause}") from cause
     raise ImportError(
         f"TRL {trl.__version__} has no {name}: asynchronous GRPO needs a TRL that has it. Install one: pip install "
         "'trl==1.16.*'"

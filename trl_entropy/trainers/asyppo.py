@@ -117,7 +117,7 @@ class AsyPPOTrainer(EntropyGRPOTrainer):
         if any(values.name == "token_advantages" for values in found):
             raise ValueError(f"token_advantages of {found[0].source}: AsyPPO's advantages come from its critics.")
         mask = loss_mask(output)
-        rewards = summed_rewards(found, self.written(mask), output["advantages"].dtype, completion_ids)
+        rewards = summed_rewards(found, self.written_tokens(mask), output["advantages"].dtype, completion_ids)
         self._log_token_rewards(rewards)
         output["token_rewards"] = torch.where(mask, rewards, 0.0)
 

@@ -147,7 +147,7 @@ class EntropyControlMixin(GRPOContact):
         refuse_token_level(type(self), f"{found[0].name} of {found[0].source}")
         check_token_level(found, self.loss_type, others)
         mask, advantages = loss_mask(output), output["advantages"]
-        values = summed_rewards(found, self.written(mask), advantages.dtype, completion_ids)
+        values = summed_rewards(found, self.written_tokens(mask), advantages.dtype, completion_ids)
         if found[0].name == "token_rewards":
             self._log_token_rewards(values)
             values = credited(advantages, values, mask, self._context())

@@ -150,7 +150,7 @@ class RolloutContact(ExactResume):
             self._tool_masks = generated[2]  # before TRL masks truncated completions
         return generated
 
-    def written(self, like: Tensor) -> Tensor:
+    def written_tokens(self, like: Tensor) -> Tensor:
         """True for the tokens that the model wrote, bool `(B, T)` as `like`, in truncated completions too.
 
         Where TRL masks those, their group's mean is still with them, as in TRL's own advantages.
