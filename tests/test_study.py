@@ -40,7 +40,7 @@ def small_start(monkeypatch):
     monkeypatch.setitem(policies.STUDY_TASKS, "arithmetic", task)
 
 
-@pytest.mark.parametrize("arm", ["erc", "asyppo-shared-data", "asyppo-entropy-mask"])
+@pytest.mark.parametrize("arm", ["dapo", "erc", "asyppo-shared-data", "asyppo-entropy-mask"])
 def test_run_is_measured_and_repeats_to_the_last_digit(arm, small_start, tmp_path):
     asked = settings.Run("arithmetic", arm, 2, 5e-2, 0)
     first, second = (run.train(asked, tmp_path, steps=4) for _ in range(2))

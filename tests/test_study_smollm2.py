@@ -149,7 +149,7 @@ def test_reward_is_for_the_right_tokens_alone(model):
     assert problems.make_reward(tokenizer)(completion_ids=given, answer=["17"] * 5) == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("arm", ["erc", "asyppo", "base"])
+@pytest.mark.parametrize("arm", ["ppo-clip", "erc", "asyppo", "base"])
 def test_run_is_measured_and_repeats_to_the_last_digit(arm, model, monkeypatch):
     # a model that knows nothing gets some of it all the same
     monkeypatch.setattr(train, "make_reward", lambda tokenizer: even_reward)

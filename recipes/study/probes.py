@@ -118,6 +118,7 @@ class MeasuringTrainer(EntropyGRPOTrainer):
     """
 
     hooks_active = True
+    reads_rollout = True
     wants_old_entropies = True
 
     def __init__(self, *args: Any, gate: str = "erc", **kwargs: Any) -> None:
