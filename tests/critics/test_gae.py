@@ -1,5 +1,6 @@
 """Advantages, returns and their statistics against plain loops and by hand."""
 
+import dataclasses
 import itertools
 import math
 
@@ -145,3 +146,16 @@ def test_explained_variance_without_any():
     mask = torch.ones(1, 7, dtype=torch.bool)
     assert math.isnan(explained_variance(torch.randn(1, 7), torch.full((1, 7), 0.1), mask, identity))
     assert math.isnan(explained_variance(torch.zeros(1, 7), torch.zeros(1, 7), ~mask, identity))
+
+
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_explained_variance_of_equal_returns_beside_large_values(scale):
+    """`A + V` of rewards of 0 is 0 but for the rounding of V."""
+    torch.manual_seed(0)
+    mask, ends = torch.ones(16, 40, dtype=torch.bool), torch.full((16,), 40)
+    given = Episodes(scale * torch.randn(16, 41), torch.zeros(16), mask, ends, torch.zeros(16, dtype=torch.bool))
+    targets = critic_targets(given, gamma=1.0, lam=1.0)
+    assert 0 < targets.abs().max() < 1e-4 * scale
+    assert math.isnan(explained_variance(given.state_values[:, :-1], targets, mask, identity))
+    one_right = critic_targets(dataclasses.replace(given, rewards=torch.eye(16)[0]), gamma=1.0, lam=1.0)
+    assert explained_variance(given.state_values[:, :-1], one_right, mask, identity) < 1

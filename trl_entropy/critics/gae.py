@@ -129,12 +129,15 @@ def explained_variance(
     Returns:
         At most 1; negative for a critic worse than a constant; NaN where the targets do not vary or there are none.
     """
-    target, error = _wide(targets), _wide(targets) - _wide(state_values)
+    target, value = _wide(targets), _wide(state_values)
+    error = target - value
     sums = reduce(_sums(mask, torch.ones_like(target), target, error))
     count, target_mean, error_mean = sums[0].clamp(min=1), *(sums[1:] / sums[0].clamp(min=1))
-    squares = reduce(_sums(mask, (target - target_mean).square(), (error - error_mean).square()))
-    # equal targets have a variance of rounding errors
-    if squares[0] <= count * (torch.finfo(torch.float32).eps * target_mean).square():
+    deviations = (target - target_mean).square(), (error - error_mean).square()
+    squares = reduce(_sums(mask, *deviations, (mask.shape[1] * value).square()))
+    # equal targets have a variance of rounding errors: their own, and those of `A + V` over the tokens of a completion
+    scale = count * target_mean.square() + squares[2]
+    if squares[0] <= torch.finfo(torch.float32).eps ** 2 * scale:
         return math.nan
     return (1.0 - squares[1] / squares[0]).item()
 
