@@ -45,7 +45,9 @@ def find(name: str) -> Any:
         if found is not None:
             return found
     if cause is not None:
-        raise ImportError(f"TRL {trl.__version__}'s {name} cannot be imported: {cause}") from cause
+        missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+        remedy = f" Asynchronous GRPO needs it: pip install {missing}" if missing else ""
+        raise ImportError(f"TRL {trl.__version__}'s {name} cannot be imported: {cause}.{remedy}") from cause
     raise ImportError(
         f"TRL {trl.__version__} has no {name}: asynchronous GRPO needs a TRL that has it. Install one: pip install "
         "'trl==1.16.*'"
