@@ -74,6 +74,10 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
         {**CRITICS, "asyppo__explained_variance": 0.01},
         {**CRITICS, "asyppo__explained_variance": lambda done: 0.2 - 0.5 * done},
     ],
+    "returns_do_not_vary": [
+        {**CRITICS, "asyppo__explained_variance": math.nan, "frac_reward_zero_std": 1.0},
+        {**CRITICS, "asyppo__explained_variance": lambda done: math.nan if round(done * STEPS) % 3 == 0 else 0.3},
+    ],
     "groups_without_variance": [{**HEALTHY, "frac_reward_zero_std": lambda done: 0.3 + 0.4 * done}],
 }
 LACKS: dict[str, list[dict[str, Any]]] = {
@@ -127,6 +131,10 @@ LACKS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "critic_explains_nothing": [CRITICS],
+    "returns_do_not_vary": [
+        CRITICS,
+        {**CRITICS, "asyppo__explained_variance": lambda done: math.nan if done < 0.5 else 0.3},  # it has learnt
+    ],
     "groups_without_variance": [
         {**HEALTHY, "frac_reward_zero_std": 0.45},
         {**CRITICS, "frac_reward_zero_std": 0.7},

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from .control import LINEAR_LOSSES, Context, Control, Figure, Mark, Metric, Metrics, MicroBatch, Panel, TokenView
-from .health import Finding, LogHistory, ends, enough
+from .health import Finding, LogHistory, ends, enough, needed_entries, window
 from .tokens import PolicyTokens, TokenMean
 
 USELESS_VARIANCE = 0.05
 """A critic that explains less than 5 % of the variance of the returns gives the advantages of a constant baseline."""
 NOISY_VARIANCE = -0.02
 """A constant explains 0; values that are worse than a constant were learnt from noise."""
+EQUAL_RETURNS = 0.25
+"""One rollout in four; each moves the policy by what the critics happen to disagree with themselves."""
 
 
 @dataclass
@@ -129,6 +131,25 @@ def critic_explains_nothing(log_history: LogHistory) -> Finding | None:
     )
 
 
+def returns_do_not_vary(log_history: LogHistory) -> Finding | None:
+    """More than `EQUAL_RETURNS` of the last rollouts have one and the same return throughout."""
+    name = "asyppo/explained_variance"
+    logged = [entry[name] for entry in log_history if name in entry]
+    if len(logged) < needed_entries(log_history):
+        return None
+    last = logged[-window(logged, log_history) :]
+    share = sum(isinstance(value, float) and math.isnan(value) for value in last) / len(last)
+    if share <= EQUAL_RETURNS:
+        return None
+    return Finding(
+        "returns_do_not_vary",
+        f"In {share:.0%} of the last rollouts all returns are equal: the advantages are the critics' errors, which "
+        "`whiten_advantages` scales to full size. Where a group's advantages would be 0, these move the policy.",
+        "Take prompts that the policy solves sometimes (neither never nor always), more completions per rollout, or "
+        "the group's advantages (EntropyGRPOTrainer) until it does.",
+    )
+
+
 ASYPPO = Control(
     name="AsyPPO",
     prefix="asyppo",
@@ -174,7 +195,7 @@ ASYPPO = Control(
             "share",
             "variance of the returns that the critics' mean explains, before they train on them; "
             "`asyppo/critic_<m>/explained_variance` for each",
-            "rises from 0; negative for long, the critics learn nothing",
+            "rises from 0; negative for long, the critics learn nothing; NaN where all returns are equal",
         ),
         Metric("critic_<m>/loss", "reward squared", "mean squared error of a critic on its share", "falls"),
         Metric("critic_<m>/grad_norm", "-", "norm of a critic's gradient before clipping", "stays in one band"),
@@ -235,5 +256,5 @@ ASYPPO = Control(
             flags=(("advantage_masked", "masked"), ("entropy_filtered", "filtered")),
         ),
     ),
-    rules=(critic_explains_nothing,),
+    rules=(critic_explains_nothing, returns_do_not_vary),
 )

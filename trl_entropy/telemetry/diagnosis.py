@@ -165,7 +165,7 @@ def groups_without_variance(log_history: LogHistory) -> Finding | None:
     """More than `MOSTLY_EQUAL_GROUPS` of the groups have one and the same reward throughout."""
     shares = enough(log_history, "frac_reward_zero_std")
     # with critics, a group of equal rewards teaches too
-    with_critics = finite_values(log_history, "asyppo/explained_variance")
+    with_critics = any("asyppo/explained_variance" in entry for entry in log_history)
     share = ends(shares, log_history)[1] if shares and not with_critics else 0.0
     if share <= MOSTLY_EQUAL_GROUPS:
         return None
