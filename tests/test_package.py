@@ -119,7 +119,11 @@ def test_unknown_task_lists_those_that_exist() -> None:
 
 def test_import_is_lazy_about_optional_packages() -> None:
     """The extras are needed by their users alone."""
-    code = "import sys, trl_entropy; print([n for n in ('matplotlib', 'math_verify', 'vllm') if n in sys.modules])"
+    code = """
+import sys
+from trl_entropy import *
+print([name for name in ("matplotlib", "math_verify", "vllm") if name in sys.modules])
+"""
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"

@@ -20,8 +20,6 @@ __all__ = [
     "AsyPPOConfig",
     "AsyPPOTrainer",
     "DiagnosisCallback",
-    "EntropyAsyncGRPOConfig",
-    "EntropyAsyncGRPOTrainer",
     "EntropyGRPOConfig",
     "EntropyGRPOTrainer",
     "EntropyRLOOConfig",
@@ -32,7 +30,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The asynchronous trainer, which not every TRL has, and whose import loads vLLM where that is installed."""
+    """The asynchronous trainer, which not every TRL has, and whose import loads vLLM where that is installed.
+
+    For both reasons `from trl_entropy import *` leaves it out.
+    """
     if name in ("EntropyAsyncGRPOConfig", "EntropyAsyncGRPOTrainer"):
         return getattr(import_module("trl_entropy.trainers.async_grpo"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
