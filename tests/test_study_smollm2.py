@@ -22,8 +22,8 @@ sys.path[:0] = [str(STUDY.parent), str(STUDY)]
 
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
-MODULES = ("arms", "compare", "page", "paired", "problems", "train")
-arms, compare, page, paired, problems, train = map(importlib.import_module, MODULES)
+MODULES = ("arms", "compare", "curves", "page", "paired", "plan", "problems", "registered", "train")
+arms, compare, curves, page, paired, plan, problems, registered, train = map(importlib.import_module, MODULES)
 TEXT = (STUDY / "PREREGISTRATION.md").read_text(encoding="utf-8")
 
 
@@ -70,6 +70,16 @@ def fake(run, **others):
     return result | others
 
 
+def whole_results(**others):
+    """Every run that is planned, also those of arms that the runs before them choose; 1e-5 is each one's best rate."""
+    results = {}
+    for run in plan.plan(results):
+        if run.name not in results:
+            level = fake(run) | {"reward": [0.9 if run.learning_rate == 1e-5 else 0.1] * 12}
+            results[run.name] = others.get(run.arm, lambda result: result)(level)
+    return results
+
+
 def test_arms_are_those_registered():
     rows = re.findall(r"^\| `(\S+)` \| (.+) \|$", TEXT.split("## Arms")[1].split("## Learning rates")[0], re.MULTILINE)
     assert [name for name, _ in rows] == [*arms.ARMS, "best"]
@@ -87,24 +97,38 @@ def test_arms_are_those_registered():
 
 
 def test_claims_are_those_registered():
-    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \|", TEXT.split("## Tests")[1], re.MULTILINE)
-    registered = {number: (text, source) for number, text, source in rows}
-    # the last one is the family of all arms
-    assert {number: (claim.text, claim.source) for number, claim in compare.CLAIMS.items()} | {
-        "18": registered["18"]
-    } == registered
-    named = {name for claim in compare.CLAIMS.values() for test in claim.tests for name in (test.arm, test.than)}
-    assert named - {"", arms.BASE} <= set(arms.ARMS)
-    assert all(f"**{name}**".lower() in TEXT.lower() for name in compare.PRIMARY)
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.+) \|$", TEXT.split("## Tests")[1], re.MULTILINE)
+    claims = registered.CLAIMS | {"18": registered.LAST_CLAIM}
+    assert {number: (claim.text, claim.source) for number, claim in claims.items()} == {
+        number: (text, source) for number, text, source, _ in rows
+    }
+    assert all(f"**{name}**".lower() in TEXT.lower() for name in registered.PRIMARY)
+    for number, _, _, tests in rows[:-1]:
+        found = registered.CLAIMS[number].tests
+        pairs = dict.fromkeys((test.arm, test.than) for test in found)  # in order, each once
+        assert re.findall(r"`(.+?)`", tests) == [
+            name for pair in pairs for name in pair if name not in ("", arms.BASE)
+        ]
+        sides = re.findall(r"higher|lower", tests) or ["higher"]
+        assert {test.expected for test in found} == set(sides)
+        quantities = {test.quantity.replace("outside ERC's", "outside the").partition(" -")[0] for test in found}
+        assert all(quantity.split(",")[0].lower() in tests.lower() for quantity in quantities)
+
+
+def test_tests_know_how_many_seeds_they_are_registered_with():
+    seeds = {number: {test.num_seeds for test in claim.tests} for number, claim in registered.CLAIMS.items()}
+    assert {number for number, found in seeds.items() if found == {5}} == {"5", "15", "16"}
+    assert seeds["8"] == {5, 10}  # GPPO has five
 
 
 @pytest.mark.parametrize("arm", arms.ARMS)
 def test_arm_has_a_valid_configuration_of_its_own(arm, tmp_path):
-    args = train.make_config(arms.Run("sums", arm, 1e-5, 3), str(tmp_path))
+    folder = {"output_dir": str(tmp_path)}
+    args = plan.make_config(train.settings_of_run(arms.Run("sums", arm, 1e-5, 3), {}) | folder)
     assert (args.learning_rate, args.seed, args.max_completion_length) == (1e-5, 3, 3)
     assert args.bf16 == (not arm.endswith("float32"))
     assert isinstance(args, AsyPPOConfig) == (arm in ("asyppo", "ppo-critic"))
-    control = train.make_config(arms.Run("sums", "ppo-clip", 1e-5, 3), str(tmp_path))
+    control = plan.make_config(train.settings_of_run(arms.Run("sums", "ppo-clip", 1e-5, 3), {}) | folder)
     assert (arm == "ppo-clip") == (args.to_dict() == control.to_dict())
 
 
@@ -154,7 +178,8 @@ def test_run_is_measured_and_repeats_to_the_last_digit(arm, model, monkeypatch):
     # a model that knows nothing gets some of it all the same
     monkeypatch.setattr(train, "make_reward", lambda tokenizer: even_reward)
     asked = arms.Run("letters", arm, 1e-2, 0)
-    first, second = (train.train(asked, model, max_steps=16, warmup_steps=0) for _ in range(2))
+    settings = train.settings_of_run(asked, {}) | {"max_steps": 16}
+    first, second = (train.train(asked, model, settings) for _ in range(2))
     for result, _ in (first, second):
         assert result.pop("seconds") >= 0
         assert result.pop("cpu_seconds") >= 0
@@ -165,7 +190,7 @@ def test_run_is_measured_and_repeats_to_the_last_digit(arm, model, monkeypatch):
     if arm != "base":
         assert len(result["reward"]) == len(result["entropy"]) == len(samples) == 2
         assert [len(rollout) for rollout in samples] == [64, 64]
-        base, _ = train.train(arms.base_run("letters"), model)
+        base, _ = train.train(arms.base_run("letters"), model, {})
         assert result["probabilities"] != base["probabilities"]
     json.dumps(result)
 
@@ -179,7 +204,8 @@ def test_held_out_problems_are_measured_in_float32(model, monkeypatch):
         return [0.5], 1.0
 
     monkeypatch.setattr(train, "answer_statistics", keep)
-    train.train(arms.Run("letters", "ppo-clip", 1e-3, 0), model, max_steps=1)
+    asked = arms.Run("letters", "ppo-clip", 1e-3, 0)
+    train.train(asked, model, train.settings_of_run(asked, {}) | {"max_steps": 1})
     assert seen == [torch.float32]
 
 
@@ -193,15 +219,79 @@ def test_grid_grows_beyond_a_best_rate_at_its_edge():
 
 
 def test_plan_has_every_run_once_in_the_registered_order():
-    names = [run.name for run in arms.remaining({})]
+    names = [run.name for run in plan.remaining({})]
     assert len(names) == len(set(names))
     assert names[:3] == ["sums/base/0/0", "letters/base/0/0", "sums/ppo-clip/1e-05/0"]
     assert names[2:10] == [f"sums/{arm}/1e-05/0" for arm in arms.MAIN]
     assert names[10] == "sums/ppo-clip/1e-05/1"
     for arm, seed in product(arms.ARMS, arms.SEEDS):
         assert f"sums/{arm}/1e-05/{seed}" in names
-    shares = [arms.remaining({}, train._share(f"{index}/2")) for index in (1, 2)]
+    shares = [plan.remaining({}, train._share(f"{index}/2")) for index in (1, 2)]
     assert sorted(run.name for share in shares for run in share) == sorted(names)
+
+
+def test_the_arms_that_earlier_runs_choose():
+    def with_passes(first, last):
+        return lambda result: result | {"pass": dict.fromkeys(map(str, arms.PASS_AT), first) | {"32": last}}
+
+    flat = {arm: with_passes(0.4, 0.6) for arm in arms.ARMS} | {"clip-higher": with_passes(0.5, 0.7)}
+    chosen = whole_results(**flat | {"gppo": with_passes(0.9, 0.6)})
+    assert plan.best_pair(chosen) == ("gppo", "clip-higher")
+    assert plan.settings_of("best", chosen) == arms.ARMS["gppo"] | arms.ARMS["clip-higher"]
+    assert plan.extra_arm(chosen) == "gppo"
+    seeds = {run.seed for run in map(arms.Run.parse, chosen) if run.arm == "gppo" and run.learning_rate == 1e-5}
+    assert set(range(10)) <= seeds
+    # the best of both endpoints are one: the second in pass@1 joins it, and not what excludes it
+    twice = whole_results(**flat | {"gppo": with_passes(0.9, 0.9), "ce-gppo": with_passes(0.8, 0.8)})
+    assert plan.best_pair(twice) == ("gppo", "clip-higher")
+    fewer = {name: result for name, result in chosen.items() if name != "sums/dppo/1e-05/4"}
+    assert plan.best_pair(fewer) is plan.extra_arm(fewer) is None
+    with pytest.raises(LookupError, match="some are missing"):
+        plan.settings_of("best", fewer)
+    assert page.tables(fewer)["state"].count("an eleventh control") == 1
+
+
+def test_run_that_raises_is_a_result_without_numbers(tmp_path, monkeypatch):
+    results, samples = tmp_path / "results.jsonl", tmp_path / "samples.jsonl.gz"
+
+    def train_some(run, model, settings):
+        if run.arm == "kl" and run.seed in (2, 100):
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        return fake(run), []
+
+    monkeypatch.setattr(train, "train", train_some)
+    monkeypatch.setattr(train.gc, "collect", lambda: 0)
+    train.run_all(["ppo-clip", "kl"], "", results_file=results, samples_file=samples)
+    found = train.read_results(results)
+    assert found["sums/kl/1e-05/2"] == {
+        "run": "sums/kl/1e-05/2",
+        "error": "RuntimeError: probability tensor contains either `inf`, `nan` or element < 0",
+    }
+    assert plan.remaining(found, ["ppo-clip", "kl"]) == []
+    assert "| ended with an error | `sums/kl/1e-05/2`" in page.tables(found)["state"]
+    assert len(compare.compare(found, "pass@1", "kl", "ppo-clip", rates="common rate").differences) == 9
+    # every rate has failed with seed 100: the lowest is taken, at the end of the grid
+    assert arms.tuned_rate("sums", "kl", found) == 1.25e-6
+
+    def no_memory(run, model, settings):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(train, "train", no_memory)
+    with pytest.raises(RuntimeError, match="allocate"):
+        train.run_all(["erc"], "", results_file=results, samples_file=samples)
+
+
+def test_numbers_that_are_none_are_left_out():
+    runs = {
+        f"sums/{arm}/1e-05/{seed}": fake(arms.Run("sums", arm, 1e-5, seed)) for arm in arms.MAIN for seed in (0, 1, 2)
+    }
+    runs["sums/erc/1e-05/0"]["pass"]["1"] = float("nan")
+    runs["sums/erc/1e-05/1"]["grad_norm"] = [0.0] * 96
+    runs["sums/erc/1e-05/2"]["grad_norm"] = [float("nan")] * 96
+    assert len(compare.compare(runs, "pass@1", "erc", "ppo-clip", rates="common rate").differences) == 2
+    spread = compare.compare(runs, "gradient norm, relative spread", "erc", "ppo-clip", rates="common rate")
+    assert len(spread.differences) == 2
+    assert all(page.tables(runs).values())
 
 
 def test_run_names():
@@ -215,7 +305,7 @@ def test_run_names():
 def test_runs_go_on_where_they_were_killed(tmp_path, monkeypatch):
     results, samples, done = tmp_path / "results.jsonl", tmp_path / "samples.jsonl.gz", []
 
-    def fake_train(run, model):
+    def fake_train(run, model, settings):
         if len(done) == 7:
             raise KeyboardInterrupt
         done.append(run.name)
@@ -231,8 +321,8 @@ def test_runs_go_on_where_they_were_killed(tmp_path, monkeypatch):
     train.run_all(["ppo-clip", "kl"], "", results_file=results, samples_file=samples)
     found = train.read_results(results)
     assert sorted(done[1:]) == sorted(found)
-    assert len(done) - 1 == len(found) >= len(arms.remaining({}, ["ppo-clip", "kl"]))
-    assert arms.remaining(found, ["ppo-clip", "kl"]) == []
+    assert len(done) - 1 == len(found) >= len(plan.remaining({}, ["ppo-clip", "kl"]))
+    assert plan.remaining(found, ["ppo-clip", "kl"]) == []
     kept = [json.loads(line) for line in gzip.decompress(samples.read_bytes()).splitlines()]
     assert [entry["run"] for entry in kept] == done[1:]
     train.run_all(["erc"], "", hours=0.0, results_file=results, samples_file=samples)
@@ -274,7 +364,7 @@ def test_verdicts_by_hand():
 
 def test_page_of_partial_results_says_what_is_missing():
     partial = {}
-    for run in arms.remaining({})[:40]:
+    for run in plan.remaining({})[:40]:
         partial[run.name] = fake(run)
     found = page.tables(partial)
     assert "| finished | 40 |" in found["state"]
@@ -284,20 +374,24 @@ def test_page_of_partial_results_says_what_is_missing():
     assert found["arms at own rates"] == "Not run yet."
     assert "`dppo`" not in found["arms at the common rate"]
     assert "collapsed: yes" in found["regime"]
+    assert "undecided" in page.tables({name: run for name, run in partial.items() if name[-1] in "01"})["regime"]
     higher = next(line for line in found["symptoms"].splitlines() if "`clip-higher`" in line and "pass@1" in line)
-    assert re.search(r"\+0\.1\d\d ± 0\.0\d\d \(5\) \| common rate \| more", higher)
+    assert re.search(r"\+0\.1\d\d ± 0\.0\d\d \(5\) \| common rate \| better", higher)
     assert all(made for made in page.tables({}).values())
 
 
-def test_page_of_whole_results_decides_every_claim(tmp_path, monkeypatch):
-    whole = {run.name: fake(run) for run in arms.remaining({})}
-    rate = {name: result | {"reward": [0.9 if "/1e-05/" in name else 0.1] * 12} for name, result in whole.items()}
-    found = page.tables(rate)
+def test_page_of_whole_results_decides_every_claim(tmp_path):
+    whole = whole_results()
+    found = page.tables(whole)
     assert "not run" not in found["claims"].lower()
+    assert "so far" not in found["claims"]
+    assert re.search(r"^\| 18 \| .*\| holds \|", found["claims"], re.MULTILINE)
     assert "| missing, at least | 0 |" in found["state"]
-    monkeypatch.setattr(page, "FOLDER", tmp_path)
-    page.curves_figure(whole)
-    page.effects_figure(whole)
+    assert "earlier runs" not in found["state"]
+    assert re.search(r"^\| pass@1 \| own rate \| `clip-higher` .*\| `clip-higher` \|", found["best"], re.MULTILINE)
+    assert "`best`" in found["arms at own rates"]
+    curves.curves_figure(whole, tmp_path)
+    curves.effects_figure(whole, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"curves.png", "effects.png"}
 
 

@@ -26,6 +26,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def _held_out(trainer: MeasuringTrainer, task: StudyTask) -> dict[str, float]:
 def measured(trainer: MeasuringTrainer) -> dict[str, Any]:
     """What a finished training has logged and counted."""
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    # the explained variance of equal returns is none
-    critics = {name: [entry[name] for entry in logs if entry.get(name) is not None] for name in CRITIC_METRICS}
+    # the explained variance of equal returns is NaN
+    critics = {name: [entry[name] for entry in logs if isfinite(entry.get(name, nan))] for name in CRITIC_METRICS}
     critics_warmup = getattr(trainer.args, "critic_warmup_rollouts", 0)
     return {
         **{name: values[critics_warmup:] for name, values in trainer.rollouts.items()},

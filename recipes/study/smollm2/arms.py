@@ -1,6 +1,6 @@
-"""What the study varies and what it holds still, as `PREREGISTRATION.md` says, and the order of its runs."""
+"""What the study varies and what it holds still, as `PREREGISTRATION.md` says."""
 
-from collections.abc import Iterator, Sequence
+import math
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -58,8 +58,8 @@ PPO = {
 }
 CRITIC_ADAPTER: dict[str, Any] = {"task_type": "TOKEN_CLS", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
-BASE = "base"
-"""The model itself, measured as the others are."""
+BASE, BEST = "base", "best"
+"""The model itself, measured as the others are, and the best combination, which is chosen among `ARMS`."""
 ARMS: dict[str, dict[str, Any]] = {
     "ppo-clip": {},
     "erc": {**ERC, **REMEDY},
@@ -117,7 +117,7 @@ class Run:
             run = Run(task, arm, float(learning_rate), int(seed))
         except ValueError:
             run = None
-        if run is None or run.task not in (TASK, SECOND_TASK) or run.arm not in (BASE, *ARMS):
+        if run is None or run.task not in (TASK, SECOND_TASK) or run.arm not in (BASE, *ARMS, BEST):
             raise ValueError(f"{name!r} is not task/arm/learning rate/seed with a task and an arm of arms.py.")
         return run
 
@@ -127,8 +127,15 @@ def base_run(task: str) -> Run:
     return Run(task, BASE, 0.0, 0)
 
 
+def failed(result: dict[str, Any]) -> bool:
+    """Whether a run has ended with an error, which is then all that there is of it."""
+    return "error" in result
+
+
 def score(result: dict[str, Any]) -> float:
-    """What a learning rate is chosen by: mean reward over the last half of a run's rollouts."""
+    """What a learning rate is chosen by: mean reward over the last half of a run's rollouts; a failed run is last."""
+    if failed(result):
+        return -math.inf
     rewards = result["reward"]
     return fmean(rewards[len(rewards) // 2 :])
 
@@ -147,49 +154,18 @@ def missing_rates(scores: dict[float, float]) -> list[float]:
     """The learning rates that tuning has to try next; none once the best one is inside the grid or at its limit."""
     if missing := [rate for rate in LEARNING_RATES if rate not in scores]:
         return missing
-    best = max(scores, key=lambda rate: scores[rate])
+    best = best_rate(scores)
     beyond = best / RATE_STEP if best == min(scores) else best * RATE_STEP if best == max(scores) else None
     lowest, highest = RATE_LIMITS
     return [] if beyond is None or not lowest <= beyond <= highest else [beyond]
 
 
+def best_rate(scores: dict[float, float]) -> float:
+    """The learning rate with the highest score, the lower one of two."""
+    return max(sorted(scores), key=lambda rate: scores[rate])
+
+
 def tuned_rate(task: str, arm: str, results: Results) -> float | None:
     """The best learning rate, or `None` while tuning runs are missing."""
     scores = tuning_scores(task, arm, results)
-    return None if missing_rates(scores) else max(scores, key=lambda rate: scores[rate])
-
-
-def plan(results: Results, arms: Sequence[str] = (BASE, *ARMS)) -> Iterator[Run]:
-    """Every run of some arms, in order; `results` has those that came before by the time the next one is asked for."""
-    if BASE in arms:
-        yield from (base_run(task) for task in (TASK, SECOND_TASK))
-    for stage in (MAIN, REST):
-        chosen = [arm for arm in stage if arm in arms]
-        yield from (Run(TASK, arm, MIDDLE_RATE, seed) for seed in SEEDS for arm in chosen)
-        yield from _tuned(TASK, chosen, SEEDS, results)
-    chosen = [arm for arm in DECISIVE if arm in arms]
-    yield from (Run(TASK, arm, MIDDLE_RATE, seed) for seed in MORE_SEEDS for arm in chosen)
-    yield from _tuned(TASK, chosen, MORE_SEEDS, results)
-    yield from _tuned(SECOND_TASK, [arm for arm in MAIN if arm in arms], SEEDS, results)
-
-
-def _tuned(task: str, arms: list[str], seeds: tuple[int, ...], results: Results) -> Iterator[Run]:
-    """The tuning runs of some arms that are not done yet, then their runs at the rates that these chose."""
-    for arm in arms:
-        while rates := missing_rates(tuning_scores(task, arm, results)):
-            yield from (Run(task, arm, rate, seed) for rate in rates for seed in TUNING_SEEDS)
-    for seed in seeds:
-        for arm in arms:
-            rate = tuned_rate(task, arm, results)
-            assert rate is not None
-            yield Run(task, arm, rate, seed)
-
-
-def remaining(results: Results, arms: Sequence[str] = (BASE, *ARMS)) -> list[Run]:
-    """The runs still to do if no grid has to grow and every best rate not known yet is the middle one."""
-    pretended, missing = dict(results), []
-    for run in plan(pretended, arms):
-        if run.name not in pretended:
-            missing.append(run)
-            pretended[run.name] = {"reward": [float(run.learning_rate == MIDDLE_RATE)]}
-    return missing
+    return None if missing_rates(scores) else best_rate(scores)

@@ -9,92 +9,100 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-import matplotlib
 from arms import (
     ARMS,
     BASE,
-    MAIN,
-    MORE_SEEDS,
-    PASS_AT,
+    BEST,
+    DECISIVE,
     SECOND_TASK,
     SEEDS,
     TASK,
     Results,
     Run,
     base_run,
-    remaining,
+    best_rate,
+    failed,
+    tuned_rate,
     tuning_scores,
 )
 from compare import (
-    CLAIMS,
     COMMON,
-    CONTROL,
-    EQUAL_REWARD,
-    PRIMARY,
     QUANTITIES,
     TUNED,
+    Beating,
     Outcome,
     against_control,
-    best_arm,
+    beating,
     cell,
     compare,
-    control_of,
+    last_quarter,
     outcomes,
     regime,
     verdict,
 )
+from curves import curves_figure, effects_figure
 from epo_oscillation import put_table
 from paired import Paired
+from plan import best_pair, extra_arm, remaining
+from registered import CLAIMS, CONTROL, DECIDING, EQUAL_REWARD, LAST_CLAIM, PRIMARY
 from run import read_results
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 FOLDER = Path(__file__).parent
 PAGE, RESULTS = FOLDER / "README.md", FOLDER / "results.jsonl"
-FIRST_STUDY = {
-    "a": "holds, one order of magnitude",
-    "b": "does not hold",
-    "c": "no effect seen",
-    "d": "does not hold",
-    "e": "holds at a stronger penalty than published",
-    "f": "not seen",
-    "": "not tested",
-}
-"""Verdicts of the first study by the letter of its claim; see its page."""
 
-SYMPTOMS: tuple[tuple[str, str, str, str], ...] = (
-    (
-        "Entropy collapses while the reward rises",
-        "adaptive-entropy",
-        "`use_adaptive_entropy`, `entropy_target`",
-        EQUAL_REWARD,
-    ),
-    ("Entropy collapses while the reward rises", "clip-higher", "`epsilon_high: 0.28`", EQUAL_REWARD),
-    ("Entropy collapses while the reward rises", "stare", "`stare_target_entropy`", EQUAL_REWARD),
-    ("pass@32 falls: answers the model had are lost", "adaptive-entropy", "`use_adaptive_entropy`", "pass@32"),
-    ("pass@32 falls: answers the model had are lost", "kl", "`beta: 0.1`", "pass@32"),
-    ("The reward rises too slowly", "ce-gppo", "`ce_gppo_alpha1: 0.75`, `ce_gppo_alpha2: 1`", "AUC of reward"),
-    ("The reward rises too slowly", "cispo", "`loss_type: cispo`, `epsilon_high: 5`", "AUC of reward"),
-    ("The reward stops too low", "clip-higher", "`epsilon_high: 0.28`", "pass@1"),
-    ("The reward stops too low", "asyppo", "two LoRA critics", "pass@1"),
-    ("Entropy swings from rollout to rollout", "epo", "`epo_coef: 0.02`", "entropy oscillation"),
-    (
-        "The policy moves too far in a rollout",
-        "erc",
-        "`erc_low: 0.95`, `erc_high: 1.05`, `cast_lm_head_to_fp32`",
-        "pass@1",
-    ),
-    ("ERC clips too much", "erc-target", "`erc_target_fraction: 0.2`", "pass@1"),
-    ("ERC clips too much", "erc-outward", "`erc_side: outward`", "pass@1"),
+
+@dataclass(frozen=True)
+class Symptom:
+    """What a user sees, and an arm that is meant for it.
+
+    Attributes:
+        seen: In words.
+        quantity: What tells whether the arm helps.
+        arm: The arm.
+        setting: Its fields.
+        than: What it is compared with.
+        lower: Whether less of the quantity is better.
+    """
+
+    seen: str
+    quantity: str
+    arm: str
+    setting: str
+    than: str = CONTROL
+    lower: bool = False
+
+
+COLLAPSES = "Entropy collapses while the reward rises"
+LOST = "pass@32 falls: answers the model had are lost"
+SLOW, LOW = "The reward rises too slowly", "The reward stops too low"
+CE_GPPO, ERC = (
+    "`ce_gppo_alpha1: 0.75`, `ce_gppo_alpha2: 1`",
+    "`erc_low: 0.95`, `erc_high: 1.05`, `cast_lm_head_to_fp32`",
 )
-"""What a user sees, an arm that is meant for it, its setting, and the quantity that tells whether it helps."""
+STEERED, TOO_FAR = "`use_adaptive_entropy`, `entropy_target: 0.5`", "The policy moves too far in a rollout"
+SYMPTOMS = (
+    Symptom(COLLAPSES, EQUAL_REWARD, "adaptive-entropy", STEERED),
+    Symptom(COLLAPSES, EQUAL_REWARD, "clip-higher", "`epsilon_high: 0.28`"),
+    Symptom(COLLAPSES, EQUAL_REWARD, "stare", "`stare_target_entropy: 0.5`"),
+    Symptom(LOST, "pass@32", "adaptive-entropy", STEERED),
+    Symptom(LOST, "pass@32", "kl", "`beta: 0.1`"),
+    Symptom(SLOW, "AUC of reward", "ce-gppo", CE_GPPO),
+    Symptom(SLOW, "AUC of reward", "cispo", "`loss_type: cispo`, `epsilon_high: 5`"),
+    Symptom(LOW, "pass@1", "clip-higher", "`epsilon_high: 0.28`"),
+    Symptom(LOW, "pass@1", "asyppo", "two LoRA critics"),
+    Symptom("Entropy swings from rollout to rollout", "entropy oscillation", "epo", "`epo_coef: 0.02`", lower=True),
+    Symptom(TOO_FAR, "clipped by PPO", "erc", ERC, lower=True),
+    Symptom(TOO_FAR, "pass@1", "erc", ERC),
+    Symptom("ERC clips too much", "pass@1", "erc-target", "`erc_target_fraction: 0.2`", than="erc"),
+    Symptom("ERC clips too much", "pass@1", "erc-outward", "`erc_side: outward`", than="erc"),
+)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -104,25 +112,47 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def symptom_table(results: Results) -> str:
-    """Symptom, control, setting, and what the paired test says, at the own rate where that has been run."""
+    """What the paired test of each row says: at the own rates, once these have been run with the first seeds."""
     rows = []
-    for symptom, arm, setting, quantity in SYMPTOMS:
-        rates = TUNED if compare(results, quantity, arm, CONTROL, rates=TUNED) else COMMON
-        paired = compare(results, quantity, arm, CONTROL, rates=rates)
-        rows.append(
-            (symptom, f"`{arm}`", setting, quantity, paired or "not run", rates if paired else "-", advice(paired))
-        )
-    header = ("symptom", "control", "setting", "measured by", "against PPO-clip (seeds)", "at", "expect")
+    for one in SYMPTOMS:
+        tests = {rates: compare(results, one.quantity, one.arm, one.than, rates=rates) for rates in (TUNED, COMMON)}
+        own = tests[TUNED]
+        rates = TUNED if own and len(own.differences) >= len(SEEDS) else COMMON
+        paired = tests[rates]
+        shown = (paired, rates, advice(paired, one.lower)) if paired else ("not run", "-", "-")
+        without = f"`{one.than}`: {_without(results, one, rates)}"
+        rows.append((one.seen, without, f"`{one.arm}`", one.setting, one.quantity, *shown))
+    header = (
+        "symptom",
+        "without the control",
+        "control",
+        "setting",
+        "measured by",
+        "difference (seeds)",
+        "at",
+        "expect",
+    )
     return table(header, rows)
 
 
-def advice(paired: Paired | None) -> str:
+def _without(results: Results, symptom: Symptom, rates: str) -> str:
+    """How far the symptom shows in the runs that the control is compared with."""
+    runs = cell(results, TASK, symptom.than, rates)
+    if not runs:
+        return "not run"
+    if symptom.quantity == EQUAL_REWARD:
+        ends = ([run["entropy"][0] for run in runs.values()], [last_quarter(run["entropy"]) for run in runs.values()])
+        return "entropy from {:.2f} to {:.2f}".format(*map(statistics.fmean, ends))
+    mean, base = _mean(runs, symptom.quantity).partition(" ")[0], results.get(base_run(TASK).name)
+    return f"from {QUANTITIES[symptom.quantity](base):.3f} to {mean}" if base and symptom.seen == LOST else mean
+
+
+def advice(paired: Paired, lower: bool) -> str:
     """In words, what an interval says."""
-    if paired is None:
-        return "-"
+    so_far = " so far" if len(paired.differences) < len(SEEDS) else ""
     if abs(paired.mean) <= paired.half_width:
-        return "no difference seen yet" if len(paired.differences) < len(SEEDS) else "no difference seen"
-    return "more" if paired.mean > 0 else "less"
+        return "no difference seen" + so_far
+    return ("better" if (paired.mean < 0) == lower else "worse") + so_far
 
 
 def claims_table(results: Results) -> str:
@@ -130,9 +160,9 @@ def claims_table(results: Results) -> str:
     rows = []
     for number, claim in CLAIMS.items():
         own, common = (outcomes(results, claim, rates) for rates in (TUNED, COMMON))
-        rows.append(
-            (number, claim.text, claim.source, FIRST_STUDY[claim.before], verdict(own), _shown(own), _shown(common))
-        )
+        rows.append((number, claim.text, claim.source, claim.first, verdict(own), _shown(own), _shown(common)))
+    last = LAST_CLAIM
+    rows.append((len(rows) + 1, last.text, last.source, last.first, last_verdict(results), "see below", "see below"))
     header = ("", "claim", "who", "first study", "here", "tests at own rates", "tests at the common rate")
     return table(header, rows)
 
@@ -145,15 +175,38 @@ def _adjusted(outcome: Outcome) -> str:
     return f", p {outcome.adjusted:.3f}" if outcome.paired else ""
 
 
+def ten_seed_arms(results: Results) -> list[str]:
+    """The arms that ten seeds are registered for, as far as they are chosen."""
+    return [arm for arm in (*DECISIVE, extra_arm(results), BEST) if arm and arm != CONTROL]
+
+
+def last_verdict(results: Results) -> str:
+    """Of the claim that a control beats PPO-clip: at own rates, on any of its endpoints."""
+    arms = ten_seed_arms(results)
+    found = [beating(results, quantity, TUNED, arms) for quantity in DECIDING]
+    if not any(one.family for one in found):
+        return "not run"
+    complete = all(set(one.family) == set(arms) for one in found) and extra_arm(results)
+    return ("holds" if any(one.holds for one in found) else "not resolved") + ("" if complete else " so far")
+
+
 def best_table(results: Results) -> str:
-    """On each primary endpoint the arm that is best over the first seeds, and what the other seeds say to it."""
+    """The last claim on each endpoint: the arms with ten seeds, and the best one of the first seeds on the others."""
     rows = []
-    for quantity, rates in product(PRIMARY, (TUNED, COMMON)):
-        if arm := best_arm(results, quantity, rates):
-            seeds = (SEEDS, MORE_SEEDS, (*SEEDS, *MORE_SEEDS))
-            found = (compare(results, quantity, arm, control_of(arm), rates=rates, seeds=of) for of in seeds)
-            rows.append((quantity, rates, f"`{arm}`", *(paired or "not run" for paired in found)))
-    return table(("", "at", "best of the arms", "seeds 0-4", "seeds 5-9", "all"), rows) if rows else "Not run yet."
+    for quantity, rates in product(DECIDING, (TUNED, COMMON)):
+        found = beating(results, quantity, rates, ten_seed_arms(results))
+        if found.best:
+            later = f"{found.later}, p {found.later.probability:.3f}" if found.later else "not run"
+            rows.append((quantity, rates, _top(found), f"`{found.best}`", found.first, later))
+    header = ("", "at", "of the arms with ten seeds", "best over seeds 0-4", "over these", "over seeds 5-9 alone")
+    return table(header, rows) if rows else "Not run yet."
+
+
+def _top(found: Beating) -> str:
+    if not found.family:
+        return "not run"
+    top = found.top
+    return f"`{top.test.arm}` {top.paired}{_adjusted(top)}" if top else "none above PPO-clip"
 
 
 def arms_table(results: Results, rates: str, task: str = TASK) -> str:
@@ -161,13 +214,15 @@ def arms_table(results: Results, rates: str, task: str = TASK) -> str:
     found = {quantity: against_control(results, quantity, task=task, rates=rates) for quantity in PRIMARY}
     control = cell(results, task, CONTROL, rates)
     rows = [(f"`{CONTROL}` itself", *(_mean(control, quantity) for quantity in PRIMARY))] if control else []
-    for arm in ARMS:
-        if arm in found[PRIMARY[0]]:
-            rows.append((f"`{arm}`", *(_marked(found[quantity][arm]) for quantity in PRIMARY)))
+    for arm in (*ARMS, BEST):
+        if any(arm in family for family in found.values()):
+            rows.append((f"`{arm}`", *(_marked(found[quantity].get(arm)) for quantity in PRIMARY)))
     return table(("arm", *PRIMARY), rows) if rows else "Not run yet."
 
 
-def _marked(outcome: Outcome) -> str:
+def _marked(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "-"
     return f"**{outcome.paired}**" if outcome.verdict in ("holds", "opposite") else str(outcome.paired)
 
 
@@ -192,7 +247,7 @@ def values_table(results: Results, rates: str) -> str:
     rows = []
     if base := results.get(base_run(TASK).name):
         rows.append(("the model itself", *(f"{QUANTITIES[name](base):.3f}" for name in VALUES[:2]), *["-"] * 4, 1))
-    for arm in ARMS:
+    for arm in (*ARMS, BEST):
         if runs := cell(results, TASK, arm, rates):
             means = [statistics.fmean(QUANTITIES[name](run) for run in runs.values()) for name in VALUES]
             rows.append((f"`{arm}`", *(f"{mean:.3f}" for mean in means), len(runs)))
@@ -204,8 +259,9 @@ def regime_table(results: Results) -> str:
     found = regime(results)
     if found is None:
         return "Not run yet."
-    collapsed = "yes" if found["entropy"].mean + found["entropy"].half_width < 0 else "not shown"
-    risen = "yes" if found["reward"].mean - found["reward"].half_width <= 0 else "no, it still rises"
+    undecided = None if len(found["entropy"].differences) == len(SEEDS) else "undecided until all five seeds are there"
+    collapsed = undecided or ("yes" if found["entropy"].mean < 0 else "no")
+    risen = undecided or ("yes" if found["reward"].mean - found["reward"].half_width <= 0 else "no, it still rises")
     rows = [
         ("entropy, last quarter, minus half of the first rollout's", found["entropy"], f"collapsed: {collapsed}"),
         ("reward, last quarter, minus the quarter before", found["reward"], f"has stopped rising: {risen}"),
@@ -217,78 +273,38 @@ def rates_table(results: Results) -> str:
     """The score of each learning rate in the tuning runs, the best in bold."""
     rows = []
     for task in (TASK, SECOND_TASK):
-        for arm in ARMS:
+        for arm in (*ARMS, BEST):
             if scores := tuning_scores(task, arm, results):
-                best = max(scores.values())
-                shown = (f"{rate:g}: {value:.3f}" for rate, value in sorted(scores.items()))
-                marked = (
-                    f"**{one}**" if scores[rate] == best else one
-                    for rate, one in zip(sorted(scores), shown, strict=True)
-                )
-                rows.append((task, f"`{arm}`", ", ".join(marked)))
+                best = best_rate(scores) if tuned_rate(task, arm, results) else None
+                shown = {rate: f"{rate:g}: {score:.3f}" for rate, score in sorted(scores.items())}
+                marked = (f"**{text}**" if rate == best else text for rate, text in shown.items())
+                rows.append((task, f"`{arm}`", ", ".join(marked) + ("" if best else " (not finished)")))
     return table(("task", "arm", "reward over the last half, by rate"), rows) if rows else "Not run yet."
 
 
 def state_table(results: Results) -> str:
     """How many runs there are, what they took, and what is missing."""
     missing = remaining(results)
-    seconds = [result["cpu_seconds"] for name, result in results.items() if Run.parse(name).arm != BASE]
-    rows: list[tuple[object, ...]] = [("finished", len(results)), ("missing, at least", len(missing))]
+    done = {name: result for name, result in results.items() if not failed(result)}
+    seconds = [result["cpu_seconds"] for name, result in done.items() if Run.parse(name).arm != BASE]
+    rows: list[tuple[object, ...]] = [("finished", len(done)), ("missing, at least", len(missing))]
+    if broken := [name for name, result in results.items() if failed(result)]:
+        rows.insert(1, ("ended with an error", ", ".join(f"`{name}`" for name in broken)))
     if seconds:
         each = statistics.fmean(seconds) / 60
         rows += [
             ("minutes of one thread a run", f"{each:.1f}"),
-            ("hours of one thread left", f"{each * len(missing) / 60:.0f}"),
+            ("hours of one thread left, at least", f"{each * len(missing) / 60:.0f}"),
         ]
+    chosen = {
+        "an eleventh control with seeds 5 to 9": extra_arm(results),
+        "the controls of `best`": best_pair(results),
+    }
+    if waiting := [what for what, choice in chosen.items() if choice is None]:
+        rows.append(("not in these numbers, since earlier runs choose it", ", ".join(waiting)))
     by_arm = Counter(run.arm for run in missing)
     rows.append(("missing by arm", ", ".join(f"`{arm}` {count}" for arm, count in by_arm.items()) or "nothing"))
     return table(("runs", ""), rows)
-
-
-def curves_figure(results: Results) -> None:
-    """Reward and entropy by rollout, and pass@k, of the main arms at the common rate; means over the seeds."""
-    figure, (reward, entropy, passes) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
-    if base := results.get(base_run(TASK).name):
-        passes.plot(PASS_AT, base["pass"].values(), color="black", linestyle="--", label="the model itself")
-    for arm in MAIN:
-        if runs := list(cell(results, TASK, arm, COMMON).values()):
-            reward.plot(_mean_curve([run["reward"] for run in runs]), label=f"{arm} ({len(runs)})")
-            entropy.plot(_mean_curve([run["entropy"] for run in runs]))
-            passes.plot(PASS_AT, _mean_curve([list(run["pass"].values()) for run in runs]), marker=".")
-    reward.set(xlabel="rollout", ylabel="reward")
-    entropy.set(xlabel="rollout", ylabel="entropy of the rollout (nats)")
-    passes.set(xlabel="k", ylabel="pass@k, held out", xscale="log")
-    passes.set_xticks(PASS_AT, PASS_AT)
-    passes.minorticks_off()
-    reward.legend(title="arm (seeds)", fontsize=8)
-    passes.legend()
-    _save(figure, "curves")
-
-
-def effects_figure(results: Results) -> None:
-    """Every arm minus PPO-clip on the primary endpoints, with 95 % intervals, at the common rate."""
-    figure, columns = plt.subplots(1, len(PRIMARY), figsize=(17, 6), sharey=True, layout="constrained")
-    arms = [arm for arm in reversed(ARMS) if arm != CONTROL]
-    for axes, quantity in zip(columns, PRIMARY, strict=True):
-        for arm, outcome in against_control(results, quantity, rates=COMMON).items():
-            paired = outcome.paired
-            assert paired is not None
-            colour = "black" if outcome.verdict == "not resolved" else "tab:red"
-            axes.errorbar(paired.mean, arms.index(arm), xerr=paired.half_width, fmt="o", color=colour)
-        axes.axvline(0, color="grey", linewidth=0.8)
-        axes.set(xlabel=f"{quantity} minus PPO-clip's")
-    columns[0].set_yticks(range(len(arms)), arms)
-    figure.suptitle("Paired by seed; red: Holm's probability below 0.05")
-    _save(figure, "effects")
-
-
-def _mean_curve(curves: list[list[float]]) -> list[float]:
-    return [statistics.fmean(values) for values in zip(*curves, strict=True)]
-
-
-def _save(figure: Any, name: str) -> None:
-    figure.savefig(FOLDER / f"{name}.png", dpi=80)
-    plt.close(figure)
 
 
 def tables(results: Results) -> dict[str, str]:
@@ -309,8 +325,8 @@ def tables(results: Results) -> dict[str, str]:
 
 def main() -> None:
     results = read_results(RESULTS)
-    curves_figure(results)
-    effects_figure(results)
+    curves_figure(results, FOLDER)
+    effects_figure(results, FOLDER)
     text = PAGE.read_text(encoding="utf-8")
     for name, made in tables(results).items():
         text = put_table(text, name, made)

@@ -90,7 +90,8 @@ def answer_statistics(
     for ids, attention, is_answer in _batches(tokenizer, problems):
         log_probs = model(input_ids=ids, attention_mask=attention).logits[:, :-1].float().log_softmax(-1)
         chosen = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1).masked_fill(~is_answer[:, 1:], 0.0)
-        probabilities += chosen.double().sum(1).exp().tolist()
+        # logits that are no numbers give no answer
+        probabilities += chosen.double().sum(1).exp().nan_to_num(0.0).tolist()
         log_probs = log_probs[is_answer[:, 1:]]
         entropies.append(-(log_probs.exp() * log_probs).sum(-1))
     return probabilities, torch.cat(entropies).double().mean().item()

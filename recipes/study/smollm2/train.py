@@ -36,9 +36,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from arms import ARMS, BASE, CRITIC_ADAPTER, MODEL, PASS_AT, TRAINING, Results, Run, plan, remaining
+from arms import ARMS, BASE, BEST, CRITIC_ADAPTER, MODEL, PASS_AT, Results, Run, failed
 from datasets import disable_progress_bars
 from peft import LoraConfig
+from plan import make_config, plan, remaining, settings_of
 from probes import MeasuringAsyPPOTrainer, MeasuringTrainer
 from problems import STUDY_TASKS, answer_statistics, load_tokenizer, make_reward, pass_at
 from run import append_result, keep_memory, measured, read_results, share_of, show_beside
@@ -47,7 +48,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
+from trl_entropy import AsyPPOConfig
 from trl_entropy.pretrained import resolve_model
 
 FOLDER = Path(__file__).parent
@@ -55,20 +56,21 @@ COMMAND = "python recipes/study/smollm2/train.py"
 RESULTS, SAMPLES = FOLDER / "results.jsonl", FOLDER / "samples.jsonl.gz"
 
 
-def make_config(run: Run, output_dir: str, **others: Any) -> EntropyGRPOConfig:
-    """The trainer's configuration of a run; `others` take the place of its settings."""
-    settings = TRAINING | ARMS[run.arm] | {"learning_rate": run.learning_rate, "seed": run.seed}
-    settings |= {"max_completion_length": STUDY_TASKS[run.task].max_completion_length, "output_dir": output_dir}
-    return (AsyPPOConfig if "num_critics" in settings else EntropyGRPOConfig)(**settings | others)
+def settings_of_run(run: Run, results: Results) -> dict[str, Any]:
+    """Its arm's settings, with those that its name has; none for the model itself."""
+    if run.arm == BASE:
+        return {}
+    own = {"learning_rate": run.learning_rate, "seed": run.seed}
+    return settings_of(run.arm, results) | own | {"max_completion_length": STUDY_TASKS[run.task].max_completion_length}
 
 
-def train(run: Run, model: str, **others: Any) -> tuple[dict[str, Any], list[list[str]]]:
+def train(run: Run, model: str, settings: dict[str, Any]) -> tuple[dict[str, Any], list[list[str]]]:
     """Train and measure one run.
 
     Args:
         run: Which.
         model: Folder of the model that it starts from.
-        others: Settings of the trainer in the place of the run's.
+        settings: Of the trainer, beside those of all arms.
 
     Returns:
         Its result, and the completions of each of its rollouts.
@@ -80,7 +82,7 @@ def train(run: Run, model: str, **others: Any) -> tuple[dict[str, Any], list[lis
         policy: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         numbers: dict[str, Any] = {}
     else:
-        trainer = _trained(run, model, [_kept(make_reward(tokenizer), samples)], others)
+        trainer = _trained(run, model, [_kept(make_reward(tokenizer), samples)], settings)
         # without the wrapper that has a trained policy compute in bfloat16
         policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         numbers = measured(trainer)
@@ -95,7 +97,7 @@ def train(run: Run, model: str, **others: Any) -> tuple[dict[str, Any], list[lis
     return {"run": run.name, **numbers, **{name: round(value, 1) for name, value in times.items()}}, samples
 
 
-def _trained(run: Run, model: str, rewards: list[Callable[..., Any]], others: dict[str, Any]) -> MeasuringTrainer:
+def _trained(run: Run, model: str, rewards: list[Callable[..., Any]], settings: dict[str, Any]) -> MeasuringTrainer:
     task = STUDY_TASKS[run.task]
     arguments = {
         "model": AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
@@ -107,7 +109,7 @@ def _trained(run: Run, model: str, rewards: list[Callable[..., Any]], others: di
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-        args = make_config(run, folder, **others)
+        args = make_config({"output_dir": folder} | settings)
         if isinstance(args, AsyPPOConfig):
             critics = {"critics": model, "critic_peft_config": LoraConfig(**CRITIC_ADAPTER)}
             trainer: MeasuringTrainer = MeasuringAsyPPOTrainer(args=args, **arguments, **critics)
@@ -143,22 +145,35 @@ def run_all(
             if time.monotonic() >= end:
                 break
             bar.set_postfix_str(run.name)
-            results[run.name], samples = train(run, model)
+            results[run.name], samples = train_or_fail(run, model, settings_of_run(run, results))
             with samples_file.open("ab", buffering=0) as file:
                 file.write(gzip.compress((json.dumps({"run": run.name, "samples": samples}) + "\n").encode(), mtime=0))
             append_result(results[run.name], results_file)
             tqdm.write(f"{_summary(results[run.name])}; again: {COMMAND} --only {run.name}")
             gc.collect()  # a trainer is in reference cycles
             bar.update()
+            results |= read_results(results_file)  # what other shares have done decides some arms
+
+
+def train_or_fail(run: Run, model: str, settings: dict[str, Any]) -> tuple[dict[str, Any], list[list[str]]]:
+    """`train`; a run that raises an error, as for logits that are no numbers, has it as its result, and no samples."""
+    try:
+        return train(run, model, settings)
+    except (RuntimeError, ValueError) as error:
+        if "memory" in str(error):  # the machine's, not the run's
+            raise
+        return {"run": run.name, "error": f"{type(error).__name__}: {error}"}, []
 
 
 def _summary(result: dict[str, Any]) -> str:
+    if failed(result):
+        return f"{result['run']}: {result['error']}"
     passes, seconds = result["pass"], result["cpu_seconds"]
     return f"{result['run']}: pass@1 {passes['1']:.3f}, pass@32 {passes['32']:.3f}, {seconds:.0f} s of a thread"
 
 
 def _share(text: str) -> list[str]:
-    return share_of([BASE, *ARMS], text)
+    return share_of([BASE, *ARMS, BEST], text)
 
 
 def _run(text: str) -> Run:
@@ -181,7 +196,8 @@ def main() -> None:
     disable_progress_bars()
     model = resolve_model(MODEL)
     if arguments.only:
-        show_beside(read_results(RESULTS).get(arguments.only.name, {}), train(arguments.only, model)[0])
+        run, results = arguments.only, read_results(RESULTS)
+        show_beside(results.get(run.name, {}), train(run, model, settings_of_run(run, results))[0])
     else:
         run_all(arguments.share, model, arguments.hours)
 
