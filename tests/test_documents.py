@@ -20,7 +20,7 @@ import trl_entropy
 from trl_entropy.commands import cli, evaluate, probe, quickstart, report, train
 from trl_entropy.commands.methods import methods_table, metrics_table
 from trl_entropy.commands.train_arguments import TrainArguments
-from trl_entropy.recipes import recipe_names
+from trl_entropy.recipes import recipe_names, recipe_path
 from trl_entropy.tasks import TASKS, get_task
 from trl_entropy.trainers import AsyPPOConfig, AsyPPOTrainer
 
@@ -182,6 +182,12 @@ def variants(language: str, code: str) -> list[str]:
         return [code]
     lines = code.splitlines()
     return ["\n".join(line[1:] for line in lines if line.startswith((sign, " "))) for sign in ("-", "+")]
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_the_headings_that_a_recipe_names_are_there(recipe: str) -> None:
+    for page, heading in re.findall(r'([\w/.]+\.md), "([^"]+)"', recipe_path(recipe).read_text(encoding="utf-8")):
+        assert re.search(f"^#+ {re.escape(heading)}$", text_of(ROOT / page), re.MULTILINE), (page, heading)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
