@@ -26,7 +26,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
-from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
+from trl_entropy.controls.health import finite_values
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 POLICIES = Path("runs/study/policies")
@@ -104,8 +104,7 @@ def _held_out(trainer: MeasuringTrainer, task: StudyTask) -> dict[str, float]:
 def measured(trainer: MeasuringTrainer) -> dict[str, Any]:
     """What a finished training has logged and counted."""
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    # the explained variance of equal returns is NaN
-    critics = {name: [entry[name] for entry in logs if isfinite(entry.get(name, nan))] for name in CRITIC_METRICS}
+    critics = {name: finite_values(logs, name) for name in CRITIC_METRICS}  # equal returns have no explained variance
     critics_warmup = getattr(trainer.args, "critic_warmup_rollouts", 0)
     return {
         **{name: values[critics_warmup:] for name, values in trainer.rollouts.items()},

@@ -3,12 +3,13 @@
 import math
 import random
 import warnings
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trl_entropy import DiagnosisCallback
+from trl_entropy import AsyPPOConfig, AsyPPOTrainer, DiagnosisCallback
 from trl_entropy.controls import health
 from trl_entropy.telemetry.diagnosis import RULES, diagnose, num_swings
 
@@ -76,6 +77,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
     ],
     "returns_do_not_vary": [
         {**CRITICS, "asyppo__explained_variance": math.nan, "frac_reward_zero_std": 1.0},
+        {**CRITICS, "asyppo__explained_variance": None, "frac_reward_zero_std": 1.0},
         {**CRITICS, "asyppo__explained_variance": lambda done: math.nan if round(done * STEPS) % 3 == 0 else 0.3},
     ],
     "groups_without_variance": [{**HEALTHY, "frac_reward_zero_std": lambda done: 0.3 + 0.4 * done}],
@@ -289,4 +291,23 @@ def test_callback_warns_in_a_training(make_trainer: Any, monkeypatch: pytest.Mon
     with pytest.warns(UserWarning, match="ERC will do nothing"):
         trainer = make_trainer(erc_low=0.95, erc_high=1.05, callbacks=[DiagnosisCallback()], **on_policy)
     with pytest.warns(UserWarning, match="Step 3: ERC never acted"):
+        trainer.train()
+
+
+def test_equal_returns_are_found_in_a_training_with_critics(
+    make_trainer: Any, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "MIN_ENTRIES", 3)
+    monkeypatch.setattr(health, "WINDOW", 1)
+    trainer = make_trainer(
+        trainer_class=partial(AsyPPOTrainer, critics=tiny_model_path),
+        config_class=AsyPPOConfig,
+        reward_funcs=lambda prompts, **columns: [0.0] * len(prompts),
+        callbacks=[DiagnosisCallback()],
+        steps_per_generation=1,
+        max_steps=3,
+        learning_rate=1e-6,
+        entropy_filter_fraction=0.0,
+    )
+    with pytest.warns(UserWarning, match="Step 3: In 100% of the last rollouts all returns are equal"):
         trainer.train()

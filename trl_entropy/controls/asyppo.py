@@ -138,7 +138,8 @@ def returns_do_not_vary(log_history: LogHistory) -> Finding | None:
     if len(logged) < needed_entries(log_history):
         return None
     last = logged[-window(logged, log_history) :]
-    share = sum(isinstance(value, float) and math.isnan(value) for value in last) / len(last)
+    # in transformers' log a NaN is None
+    share = sum(value is None or (isinstance(value, float) and math.isnan(value)) for value in last) / len(last)
     if share <= EQUAL_RETURNS:
         return None
     return Finding(
