@@ -11,11 +11,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from tests.commands.conftest import full_disk
 from tests.commands.small_quickstart import make_small
 from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
 from trl_entropy import pretrained as pretrained_module
 from trl_entropy.commands import quickstart
+from trl_entropy.pretrained import SMOLLM2, resolve_model
 from trl_entropy.recipes import recipe_path
 from trl_entropy.tasks import arithmetic
 from trl_entropy.telemetry import figures
@@ -145,6 +148,36 @@ def test_torn_result_is_made_anew(finished: Path, small: pytest.MonkeyPatch, tmp
     }
 
 
+FULL: dict[str, tuple[list[str], int]] = {
+    "the policy": ([], 100_000),
+    "the record": (["policy"], 10_000),
+    "the weights": (["policy"], 1_000_000),
+    "the results": (["policy", "ppo-clip"], 1_000),
+    "a figure": (["policy", "ppo-clip"], 10_000),
+}
+"""What there is no room for: what is finished before it, and the largest size of a file, bytes."""
+ONE_LINE_IF_FULL = (
+    r"^trl-entropy quickstart: error: a file could not be written \([^\n]*"
+    r"Make room, and run it again: finished arms are kept\.$"
+)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_is_one_line_and_what_is_finished_stays(
+    name: str, finished: Path, small: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, largest_file = FULL[name]
+    for folder in done:
+        shutil.copytree(finished / folder, tmp_path / folder)
+    with full_disk(largest_file), pytest.raises(SystemExit, match=ONE_LINE_IF_FULL):
+        run(tmp_path, ["ppo-clip"])
+    assert sorted(path.parent.name for path in tmp_path.rglob("result.json")) == sorted(done)
+    assert not list(tmp_path.rglob("*.part"))
+    monkeypatch.setattr(quickstart, "write_report", lambda runs, page, *more: page)  # figures take most of the time
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    assert numbers(run(tmp_path, ["ppo-clip"]), "ppo-clip") == numbers(results, "ppo-clip")
+
+
 @pytest.mark.parametrize("setup", [quickstart.SMALL, quickstart.PRETRAINED], ids=lambda setup: setup.recipe)
 def test_asyppo_is_left_out_with_a_reason_or_trained_by_default(setup: quickstart.Setup) -> None:
     assert setup.default_arms == ["ppo-clip", "erc", "ce-gppo", "ce-gppo+erc"]
@@ -241,6 +274,25 @@ def test_a_model_whose_package_is_missing_is_told_before_any_work(
     with pytest.raises(SystemExit, match=r"trl-entropy quickstart: error: .*trl_entropy\[smollm2\]"):
         quickstart.main(["--output_dir", str(tmp_path / "out"), "--model", "smollm2-135m"])
     assert not (tmp_path / "out").exists()
+
+
+def test_no_room_for_the_model_that_is_converted_is_one_line_before_any_work(
+    tiny_model_path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The error of safetensors, which writes the weights, is no `OSError`."""
+
+    def convert(source: Path, folder: Path) -> None:
+        AutoModelForCausalLM.from_pretrained(tiny_model_path).save_pretrained(folder)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(pretrained_module, "_packaged_file", lambda: Path(__file__))
+    monkeypatch.setattr(pretrained_module, "find_spec", lambda name: "installed")
+    monkeypatch.setattr(pretrained_module, "_convert", convert)
+    with full_disk(20_000), pytest.raises(SystemExit, match=ONE_LINE_IF_FULL):
+        quickstart.main(["--output_dir", str(tmp_path / "out"), "--model", SMOLLM2])
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.part"))
+    assert Path(resolve_model(SMOLLM2), "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("setup", [quickstart.SMALL, quickstart.PRETRAINED], ids=lambda setup: setup.recipe)

@@ -38,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config
 
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer, __version__
-from trl_entropy.commands.errors import one_line_if_wrong
+from trl_entropy.commands.errors import one_line_if_full, one_line_if_wrong
 from trl_entropy.commands.quickstart_setups import ARMS, PRETRAINED, SMALL, Setup
 from trl_entropy.evaluation.held_out import Measure
 from trl_entropy.files import write_json
@@ -80,15 +80,23 @@ def main(argv: list[str] | None = None) -> None:
         argv: The command line without the command's name; `None` for `sys.argv[1:]`.
 
     Raises:
-        SystemExit: With a one-line message if the arguments are wrong or matplotlib is not installed.
+        SystemExit: With a one-line message if the arguments are wrong, matplotlib is not installed or the disk is full.
     """
     arguments = _parse(argv)
     transformers_logging.disable_progress_bar()  # its bars for loading and saving files flash by between ours
-    with one_line_if_wrong("quickstart", (ImportError, OSError)):
-        require_plots()
-        model = arguments.model and resolve_model(arguments.model)
-        if model:
-            AutoConfig.from_pretrained(model)
+    with one_line_if_full("quickstart", "and run it again: finished arms are kept."):
+        with one_line_if_wrong("quickstart", (ImportError, OSError)):
+            require_plots()
+            model = arguments.model and resolve_model(arguments.model)
+            if model:
+                AutoConfig.from_pretrained(model)
+        results, page = _compare(arguments, model)
+    print(_table(results))
+    print(f"Report: {page}")
+
+
+def _compare(arguments: argparse.Namespace, model: str | None) -> tuple[dict[str, dict[str, Any]], Path]:
+    """The result of each arm, trained where it is not finished, and the page that compares them."""
     setup = PRETRAINED if model else SMALL
     torch.set_num_threads(setup.num_threads)
     output, recipe = Path(arguments.output_dir), yaml.safe_load(recipe_path(setup.recipe).read_text(encoding="utf-8"))
@@ -104,9 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     summary = {"arms": results, **of_all, "versions": _versions()}
     write_json(output / RESULTS_FILE, summary)
     title = f"Quickstart: {task.name}, {f'{arguments.model}, ' if model else ''}seed {arguments.seed}"
-    page = write_report([output], output / "report.html", title, None if "asyppo" in arms else setup.without_asyppo)
-    print(_table(results))
-    print(f"Report: {page}")
+    note = None if "asyppo" in arms else setup.without_asyppo
+    return results, write_report([output], output / "report.html", title, note)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
