@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: The command line without the command's name; `None` for `sys.argv[1:]`.
 
     Raises:
-        SystemExit: With a one-line message if the arguments are wrong, matplotlib is not installed or the disk is full.
+        SystemExit: With a one-line message if the arguments are wrong, matplotlib is missing or the disk is full.
     """
     arguments = _parse(argv)
     transformers_logging.disable_progress_bar()  # its bars for loading and saving files flash by between ours
