@@ -39,8 +39,11 @@ CONTACT_TESTS = [
             "rounding",
             "rloo",
             "token_level",
+            "asyppo",
+            "lora",
         )
     ),
+    "tests/tasks/test_multi_turn_training.py",
 ]
 
 nox.options.default_venv_backend = "venv"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -136,6 +137,7 @@ def test_the_reference_is_the_start_and_the_old_entropies_are_the_policys(
 def test_the_train_command_saves_reloads_and_resumes(tmp_path, monkeypatch, tiny_model_path, base, ids):
     """With the flags of `trl.ModelConfig`: 2 + 2 steps end at the adapter of 4."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # no report, which would take most of the time
     rows = [{"prompt": f"{i}+{i}=", "solution": str(2 * i)} for i in range(16)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (tmp_path / "rewards.py").write_text(
