@@ -1,5 +1,7 @@
 """Simulator processes: dealt in turn, started again when dead, and their failures told apart."""
 
+import os
+import signal
 import sys
 import time
 
@@ -19,8 +21,16 @@ for number, line in enumerate(sys.stdin):
     if request["say"] == "half":
         print('{"say": ', end="", flush=True)
         time.sleep(60)
-    if request["say"] == "orphan":  # its child keeps the pipe open
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    if request["say"] in ("orphan", "daemon"):  # its child keeps the pipe open
+        sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+        child = subprocess.Popen(sleep, start_new_session=request["say"] == "daemon")
+        print(child.pid, file=sys.stderr, flush=True)
+        time.sleep(60)
+    if request["say"] == "babble":
+        while True:
+            print("x" * 10_000, end="", flush=True)
+    if request["say"] == "mute":
+        os.close(1)
         time.sleep(60)
     if request["say"] == "fail":
         request = {"error": "on request"}
@@ -63,16 +73,20 @@ def test_error_leaves_the_process_alive(start):
     [
         ("die", "it ended with exit code 3"),
         ("garbage", "Expecting value"),
-        *((say, r"no answer in 0\.3 s") for say in ("hang", "half", "orphan")),
+        *((say, r"no answer in 0\.3 s") for say in ("hang", "half", "orphan", "daemon", "babble", "mute")),
     ],
 )
-def test_failure_ends_the_process(start, say, message):
+def test_failure_ends_the_process(start, say, message, capfd):
     process = start()
     process.call({"say": "a"})
     process._timeout = 60.0 if say in ("die", "garbage") else 0.3
+    started = time.monotonic()
     with pytest.raises(EnvironmentCrash, match=message):
         process.call({"say": say})
-    process._process.wait(timeout=60.0)
+    assert time.monotonic() - started < 3.0  # of the 60 that it would sleep
+    if say == "daemon":
+        os.kill(int(capfd.readouterr().err), signal.SIGKILL)  # in a session of its own, it was not ended
+    assert not process.alive
     with pytest.raises(EnvironmentCrash, match="the simulator process failed"):
         process.call({"say": "a"})
 
@@ -82,7 +96,7 @@ def test_a_request_that_is_not_read_counts_as_no_answer():
     started = time.monotonic()
     with pytest.raises(EnvironmentCrash, match=r"no answer in 0\.3 s"):
         process.call({"say": "x" * 10_000_000})  # more than a pipe holds
-    assert time.monotonic() - started < 20.0  # of the 60 that it would sleep
+    assert time.monotonic() - started < 3.0
     assert not process.alive
     process.close()
 

@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
+import select
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Generic, Protocol, TypeVar
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 from trl_entropy.tasks.environments import EnvironmentCrash
 
@@ -27,6 +29,8 @@ class Simulator(Protocol):
 
 
 S = TypeVar("S", bound=Simulator)
+PIPE_SIZE = 1 << 16
+"""Bytes read at once: what a pipe holds on Linux."""
 
 
 class SimulatorPool(Generic[S]):
@@ -78,8 +82,12 @@ class ChildProcess:
     def __init__(self, command: Sequence[str], timeout: float) -> None:
         # a session of its own, so that what the program started can be ended with it
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        os.set_blocking(self._stdin.fileno(), False)
         self._timeout = timeout
         self._lock = threading.Lock()
 
@@ -94,35 +102,34 @@ class ChildProcess:
             EnvironmentCrash: If the answer has the key `"error"`, or the process died, or did not read the request
                 and answer it in time.
         """
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            self._kill()  # which ends a write that nobody reads, and the wait for the rest of a line
-
         with self._lock:
-            watch = threading.Timer(self._timeout, expire)
-            watch.start()
             try:
                 answer = self._exchange(json.dumps(request).encode() + b"\n")
-            except (OSError, EOFError, ValueError) as error:
-                reason = f"no answer in {self._timeout} s" if expired.is_set() else error
+            except (OSError, EOFError, ValueError, subprocess.TimeoutExpired) as error:
                 self._kill()  # what it would answer later belongs to no call
+                late = isinstance(error, TimeoutError | subprocess.TimeoutExpired)
+                reason = f"no answer in {self._timeout} s" if late else error
                 raise EnvironmentCrash(f"the simulator process failed ({reason})") from error
-            finally:
-                watch.cancel()
         if "error" in answer:
             raise EnvironmentCrash(answer["error"])
         return answer
 
     def _exchange(self, line: bytes) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(line)
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer.endswith(b"\n"):
-            raise EOFError(f"it ended with exit code {self._process.wait()}")
+        # `multiprocessing`'s connections have a poll for what is read alone, and their `send` and `recv` of a message
+        # that has begun wait for ever. Here each write and each read is waited for, all with the one limit.
+        deadline = time.monotonic() + self._timeout
+        unsent = memoryview(line)
+        while unsent:
+            _wait(self._stdin, select.POLLOUT, deadline)
+            unsent = unsent[os.write(self._stdin.fileno(), unsent) :]
+        answer = bytearray()
+        while not answer.endswith(b"\n"):
+            _wait(self._stdout, select.POLLIN, deadline)
+            part = os.read(self._stdout.fileno(), PIPE_SIZE)
+            if not part:
+                code = self._process.wait(max(0.0, deadline - time.monotonic()))
+                raise EOFError(f"it ended with exit code {code}")
+            answer += part
         return json.loads(answer)
 
     def _kill(self) -> None:
@@ -133,12 +140,22 @@ class ChildProcess:
 
     def close(self) -> None:
         """End the process by closing its input, or by force if it does not end."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(OSError):  # a request that it never read
-            self._process.stdin.close()
+        self._stdin.close()
         try:
             self._process.wait(timeout=5.0)
         except subprocess.TimeoutExpired:
             self._kill()
-        self._process.stdout.close()
+        self._stdout.close()
+
+
+def _wait(pipe: IO[bytes], event: int, deadline: float) -> None:
+    """Wait until a pipe can be written to or read from, or its other end is closed.
+
+    Raises:
+        TimeoutError: If that is not so at the deadline, in seconds of `time.monotonic`.
+    """
+    poll = select.poll()
+    poll.register(pipe, event)
+    left = deadline - time.monotonic()
+    if left <= 0 or not poll.poll(left * 1000):
+        raise TimeoutError
