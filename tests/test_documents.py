@@ -17,6 +17,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 from trl.scripts.grpo import GRPOScriptArguments
 
 import trl_entropy
+from tests.trainers import async_parts
 from trl_entropy.commands import cli, evaluate, probe, quickstart, report, train
 from trl_entropy.commands.methods import methods_table, metrics_table
 from trl_entropy.commands.train_arguments import TrainArguments
@@ -197,7 +198,7 @@ def test_python_is_real(code: str) -> None:
     except ImportError as error:
         if "asynchronous" not in str(error).lower():
             raise
-        pytest.skip(str(error))
+        async_parts.skip(error)
 
 
 @pytest.mark.parametrize("code", blocks("diff"))

@@ -5,13 +5,17 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
+import trl
+from packaging.version import Version
 from torch import Tensor
 
+SINCE = Version("1.16")
+"""TRL whose asynchronous trainer the controls fit. Without any other package it can be imported."""
 OFF = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
 TRAINING = {
     **OFF,
@@ -55,15 +59,26 @@ def varlen_attention(
     return torch.cat(outputs)
 
 
+def skip(error: ImportError) -> NoReturn:
+    """Skip a test, or the module that calls this, of asynchronous training on a TRL that is too old for it.
+
+    Raises:
+        ImportError: On any other, where it is the fault of this package or a change of TRL's.
+    """
+    if Version(trl.__version__) >= SINCE:
+        raise error
+    pytest.skip(str(error), allow_module_level=True)
+
+
 def require(name: str) -> Any:
-    """A module of `trl_entropy.trainers`; skips a test module where TRL has no asynchronous trainer that it fits."""
+    """A module of `trl_entropy.trainers`; skips a test module where TRL is too old for it."""
     try:
         from trl_entropy.trainers.async_contact import AsyncGRPOTrainer
         from trl_entropy.trainers.contact_table import check_async_type
 
         check_async_type(AsyncGRPOTrainer)
     except ImportError as error:
-        pytest.skip(str(error), allow_module_level=True)
+        skip(error)
     return import_module(f"trl_entropy.trainers.{name}")
 
 
