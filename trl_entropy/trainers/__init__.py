@@ -1,5 +1,8 @@
 """Thin subclasses of TRL's trainers and configs; `contact` and `resume` are what touches TRL's internals."""
 
+from . import contact_table as contact_table  # first: it looks for the names that the others import
+
+# isort: split
 from .asyppo import AsyPPOTrainer
 from .asyppo_config import AsyPPOConfig
 from .config import EntropyGRPOConfig

