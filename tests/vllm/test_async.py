@@ -77,6 +77,19 @@ def log_probs_by_server(url: str, model: str, ids: list[int]) -> torch.Tensor:
     return torch.tensor([next(iter(one.values()))["logprob"] for one in found[1:]])
 
 
+def check_ages(entry: dict[str, float]) -> None:
+    """What a log entry says of the tokens of each age, against each other and against all tokens together."""
+    shares = {name: entry[f"staleness/tokens_{name}"] for name in AGES}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    clipped = {name: entry[f"staleness/clipped_{name}"] for name in AGES if f"staleness/clipped_{name}" in entry}
+    assert clipped.keys() == {name for name, share in shares.items() if share > 0.0}
+    assert all(0.0 <= share <= 1.0 for share in clipped.values())
+    of_all = sum(shares[name] * clipped[name] for name in clipped)
+    assert of_all == pytest.approx(entry["ppo_clip/low_fraction"] + entry["ppo_clip/high_fraction"], abs=1e-6)
+    youngest, oldest = (sum(shares[name] * AGES[name][i] for name in clipped) for i in (0, 1))
+    assert youngest - 1e-5 <= entry["staleness/age"] <= oldest + 1e-5
+
+
 def test_twenty_updates(served: tuple[str, str, Path]) -> None:
     model, url, _ = served
     trainer = train(served, **ALL_CONTROLS, record_tokens=64)
@@ -88,9 +101,14 @@ def test_twenty_updates(served: tuple[str, str, Path]) -> None:
     # versions are counted from the hand-over before the training
     assert trainer.model_version == trainer.synced == UPDATES + 1
     for entry in losses:
-        assert sum(entry[f"staleness/tokens_{name}"] for name in AGES) == pytest.approx(1.0)
-        print({key: round(entry[key], 4) for key in sorted(entry) if key.startswith(("stal", "ppo", "erc/c", "rew"))})
+        shown = [key for key in sorted(entry) if key.startswith(("stal", "ppo", "ce_gppo", "erc/c", "rew"))]
+        print({key: round(entry[key], 4) for key in ("step", "loss", *shown)})
+        check_ages(entry)
+        for side in ("low", "high"):  # CE-GPPO gives back exactly what PPO-clip would drop
+            assert entry[f"ce_gppo/{side}_fraction"] == entry[f"ppo_clip/{side}_fraction"]
     assert max(logged(trainer, "staleness/age")) > 0.0
+    stale = [name for name, (youngest, _) in AGES.items() if youngest > 0]
+    assert max(share for name in stale for share in logged(trainer, f"staleness/clipped_{name}")) > 0.0
     # the server has the last weights
     ids = trainer.processing_class("".join(PROMPTS)[:40])["input_ids"]
     with torch.no_grad():
