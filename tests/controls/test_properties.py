@@ -1,13 +1,14 @@
-"""Properties of the controls on random batches: hostile numbers, rows that are empty, batches cut in pieces."""
+"""Properties of ERC, CE-GPPO, EPO and the likelihood term as functions; `test_table` has those of every row."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.controls.micro_batches import Batch, batches, padded, quick
 from trl_entropy.controls import (
     EntropyHistory,
     PolicyTokens,
@@ -21,62 +22,8 @@ from trl_entropy.controls import (
     positive_nll,
 )
 
-quick = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
-LOG_RATIOS = (-1e3, -41.0, -0.5, -1e-3, 0.0, 1e-3, 0.5, 41.0, 1e3)
-ENTROPIES = (-1e-4, 0.0, 1e-9, 1e-8, 0.01, 0.7, 11.0)
-ADVANTAGES = (float("nan"), -3.0, -0.5, 0.0, 0.5, 3.0)
-LOGPS = (-1e3, -20.0, -1.0, -1e-6, 0.0)
 OFF = {"ce_gppo_alphas": None, "erc_bounds": None, "delta": None}
 ON = {"ce_gppo_alphas": (0.75, 1.0), "erc_bounds": (0.95, 1.05), "delta": 10.0}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch: `B` rows of `T` tokens, of which some rows have none that count."""
-
-    logps: Tensor
-    old_logps: Tensor
-    advantages: Tensor
-    entropies: Tensor
-    old_entropies: Tensor
-    mask: Tensor
-    correct: Tensor
-
-    @property
-    def tokens(self) -> PolicyTokens:
-        return PolicyTokens(self.logps, self.old_logps, self.advantages, self.mask)
-
-    def map(self, function: Any) -> "Batch":
-        return Batch(**{name: function(value) for name, value in vars(self).items()})
-
-    def __getitem__(self, rows: Any) -> "Batch":
-        return self.map(lambda value: value[rows])
-
-
-@st.composite
-def batches(draw: st.DrawFn, advantages: tuple[float, ...] = ADVANTAGES) -> Batch:
-    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 7))
-
-    def tensor(values: tuple[Any, ...], dtype: torch.dtype = torch.float64) -> Tensor:
-        cells = st.lists(st.sampled_from(values), min_size=rows * columns, max_size=rows * columns)
-        return torch.tensor(draw(cells), dtype=dtype).view(rows, columns)
-
-    logps, lengths = tensor(LOGPS), draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
-    completion = torch.arange(columns) < torch.tensor(lengths).unsqueeze(1)
-    tool_mask = tensor((True, True, False), torch.bool)
-    return Batch(
-        logps=logps,
-        old_logps=logps - tensor(LOG_RATIOS),
-        advantages=tensor(advantages),
-        entropies=tensor(ENTROPIES),
-        old_entropies=tensor(ENTROPIES),
-        mask=completion & tool_mask,
-        correct=tensor((True, False), torch.bool)[:, 0],
-    )
-
-
 LEVELS = st.sampled_from(["token", "sequence"])
 CONTROLS = st.fixed_dictionaries({name: st.sampled_from([OFF[name], ON[name]]) for name in ON})
 
@@ -150,18 +97,6 @@ def test_rows_do_not_depend_on_their_order_or_their_company(
 
 def fields_of(tokens: PolicyTokens) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in vars(tokens).items() if value is not None]
-
-
-def padded(batch: Batch, columns: int) -> Batch:
-    """With columns that do not count, full of what must not be read."""
-
-    def pad(value: Tensor) -> Tensor:
-        if value.dim() == 1:
-            return value
-        filler = False if value.dtype == torch.bool else 7.0
-        return torch.nn.functional.pad(value, (0, columns), value=filler)
-
-    return batch.map(pad)
 
 
 @quick

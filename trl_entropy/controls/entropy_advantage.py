@@ -81,7 +81,7 @@ def entropy_advantage(
     added = torch.minimum(wanted, size / kappa)
     weighed = tokens.mask & (size > 0.0)
     return replace(tokens, advantages=tokens.advantages + added), {
-        "entropy_advantage/added": TokenMean(added, tokens.mask),
+        "entropy_advantage/added": TokenMean(added, tokens.mask & added.isfinite()),
         "entropy_advantage/relative": TokenMean(added / size, weighed),
         "entropy_advantage/capped_fraction": TokenMean((wanted > size / kappa) & weighed, tokens.mask),
     }

@@ -175,7 +175,7 @@ def _select(scores: Tensor, mask: Tensor, context: Context, **where: Any) -> tup
     selected = highest_fraction(scores, mask, context.settings.kl_cov_fraction, at_least=1, **where)
     return selected, {
         "kl_cov/covariance": TokenMean(scores, mask & scores.isfinite()),
-        "kl_cov/covariance_selected": TokenMean(scores, selected),
+        "kl_cov/covariance_selected": TokenMean(scores, selected & scores.isfinite()),
     }
 
 
