@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from tests.conftest import parity_reward
+from tests.controls.acting import CASES, ROWS
 from tests.processes import on_processes
 from tests.trainers.subclasses import ColumnTrainer
 from tests.trainers.test_grpo import assert_same_weights, trained, weights
@@ -109,6 +110,72 @@ def test_token_advantages_are_the_advantages(make_trainer: Callable[..., Any], c
     output = rolled_out(make_trainer(reward_funcs=dense("token_advantages"), **controls))
     assert torch.equal(output["advantages"], by_hand(output))
     assert output["advantages"].abs().sum() > 0
+
+
+class ByHandTrainer(GRPOTrainer):
+    """Puts the advantages of single tokens into the rollout itself."""
+
+    credit: ClassVar[Callable[..., Tensor]]
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        advantages = type(self).credit(by_hand(output), output["advantages"])
+        return {**output, "advantages": advantages * output["completion_mask"]}
+
+
+class WithTokenAdvantages(ByHandTrainer):
+    credit = staticmethod(lambda values, advantages: values)
+
+
+class WithTokenRewards(ByHandTrainer):
+    @staticmethod
+    def credit(values: Tensor, advantages: Tensor) -> Tensor:
+        to_go = values.flip(1).cumsum(1).flip(1)
+        baseline = to_go[:, 0].view(-1, 4).mean(1).repeat_interleave(4)
+        return advantages.unsqueeze(1) + to_go - baseline.unsqueeze(1)
+
+
+BY_HAND = {"token_advantages": WithTokenAdvantages, "token_rewards": WithTokenRewards}
+ACTING = {"max_steps": 2, "steps_per_generation": 2, "learning_rate": 3e-2, "epsilon": 0.01}
+"""With which each control changes the training."""
+CONTROLS_AFTER = {
+    **{case: fields for case, fields in CASES.items() if case not in ("qae", "asyppo") and "," not in case},
+    "coefficient": {**CASES["coefficient"], "target_entropy": 9.0},
+}
+
+
+def control_metrics(trainer: Any, control: str) -> list[dict[str, float]]:
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{key: value for key, value in entry.items() if key.startswith(f"{control}/")} for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def without_controls() -> dict[str, dict[str, Tensor]]:
+    return {}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("control", CONTROLS_AFTER)
+def test_every_control_acts_on_them(
+    make_trainer: Callable[..., Any], tmp_path: Path, control: str, name: str, without_controls: dict[str, Any]
+) -> None:
+    """As on the same advantages of a trainer that computes them itself."""
+    settings = {**ACTING, **CONTROLS_AFTER[control]}
+    found = trained(make_trainer(tmp_path / "found", reward_funcs=dense(name), **settings))
+    classes = {"trainer_class": entropy_controlled(BY_HAND[name]), "config_class": EntropyGRPOConfig}
+    expected = trained(make_trainer(tmp_path / "expected", **classes, **settings))
+    torch.testing.assert_close(weights(found), weights(expected), rtol=1e-5, atol=1e-6)
+    metrics = control_metrics(found, control)
+    assert any(metrics)
+    assert metrics == [pytest.approx(entry, rel=1e-4, abs=1e-6) for entry in control_metrics(expected, control)]
+    if name not in without_controls:
+        plain = trained(make_trainer(tmp_path / "plain", reward_funcs=dense(name), **ACTING))
+        without_controls[name] = weights(plain)
+    assert any(not torch.equal(value, without_controls[name][key]) for key, value in weights(found).items())
+
+
+def test_every_control_is_tested_or_refused() -> None:
+    assert CONTROLS_AFTER.keys() | {"qae", "asyppo"} == ROWS.keys()
 
 
 @pytest.mark.parametrize("scale", ["group", "none"])
