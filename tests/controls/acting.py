@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kl_cov": KL_COV,
     "kl_cov, of a micro-batch": {**KL_COV, "kl_cov_selection": "micro_batch"},
     "kl_cov, with PPO-clip": {**KL_COV, "kl_cov_ppo_clip": True},
-    "asyppo": {"entropy_coef": 0.01, "num_critics": 2},
+    "asyppo": {"entropy_coef": 0.01, "advantage_mask_fraction": 0.3, "entropy_filter_fraction": 0.5},
     "epo": EPO,
     "epo, per turn": {**EPO, "epo_history": "per_turn", "epo_form": "indicator"},
     "positive_nll": {"positive_nll_coef": 0.1},

@@ -1,7 +1,7 @@
 """Random micro-batches for the properties of the controls and of the trainer around them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -78,10 +78,17 @@ def batches(
 def padded(batch: Batch, columns: int) -> Batch:
     """With columns that do not count, full of what must not be read."""
 
-    def pad(value: Tensor) -> Tensor:
+    def pad(value: Tensor, filler: float) -> Tensor:
         if value.dim() == 1:
             return value
-        filler = False if value.dtype == torch.bool else 7.0
-        return torch.nn.functional.pad(value, (0, columns), value=filler)
+        return torch.nn.functional.pad(value, (0, columns), value=False if value.dtype == torch.bool else filler)
 
-    return batch.map(pad)
+    return Batch(**{name: pad(value, 7.0 - place) for place, (name, value) in enumerate(vars(batch).items())})
+
+
+def rewritten(batch: Batch) -> Batch:
+    """With other numbers in all the tokens that do not count."""
+    given = [(name, value) for name, value in vars(batch).items() if value.dim() == 2 and value.is_floating_point()]
+    return replace(
+        batch, **{name: torch.where(batch.mask, value, 7.0 - place) for place, (name, value) in enumerate(given)}
+    )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.controls.acting import CASES, ROWS, Acted, act, fields_of, row, values_of
-from tests.controls.micro_batches import Batch, batches, padded, quick
+from tests.controls.micro_batches import Batch, batches, padded, quick, rewritten
 from trl_entropy.controls.covariance import covariance
 
 quicker = settings(quick, max_examples=20)
@@ -105,8 +105,10 @@ def test_neither_order_nor_padding_nor_micro_batches_matter(case: str, data: st.
     expected = counted(whole, mask)
 
     columns = data.draw(st.integers(1, 3))
-    wide = act(case, padded(batch, columns), level)
-    assert_same(counted(wide, padded(batch, columns).mask), expected)
+    # a completion's advantage is no token's, whether that counts or not
+    filled = padded(batch if row(case).sets_advantages else rewritten(batch), columns)
+    wide = act(case, filled, level)
+    assert_same(counted(wide, filled.mask), expected)
     assert_same(wide.metrics, whole.metrics, 1e-5)
 
     if case not in NOT_SPLIT:
@@ -234,6 +236,8 @@ def did_erc(batch: Batch, acted: Acted) -> Did:
 def did_clip_cov(batch: Batch, acted: Acted) -> Did:
     gone = dropped(batch, acted)
     assert (share(batch, acted)[~gone] == 1.0).all()
+    assert (gone & batch.mask).sum() <= max(1, 3 * batch.mask.sum() // 10)
+    assert not (gone & ~batch.mask).any()
     return {"clip_cov/clip_fraction": gone}
 
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from tests.leave import leave
 from tests.trainers import async_parts
+from trl_entropy.trainers.async_controls import SUPPORTED
 
 SAMPLES = 8
 """Of a micro-batch, of all processes."""
@@ -30,6 +31,20 @@ CASES: dict[str, dict[str, Any]] = {
     "entropic": {"entropic_target": 1.0, "entropic_kp": 0.3, "entropic_probability": 0.1},
     "steer_fipo": {"steer_min_weight": 0.7, "fipo_half_life": 2.0},
     "kl_cov": {"kl_cov_coef": 0.5, "kl_cov_fraction": 0.2},
+    "dppo": {"dppo_divergence": "tv", "dppo_delta_low": 0.02, "dppo_delta_high": 0.02},
+    "par_entropy_advantage": {
+        "par_schedule": "entropy",
+        "par_target": 9.0,
+        "par_initial": 0.5,
+        "entropy_advantage_alpha": 0.4,
+    },
+    "ce_gppo_loop": {
+        "ce_gppo_alpha1": 0.75,
+        "ce_gppo_alpha2": 1.0,
+        "ce_gppo_loop_target": 3.0,
+        "ce_gppo_loop_kp": 0.3,
+        "ce_gppo_loop_ki": 0.3,
+    },
     "clip_cov": {"clip_cov_fraction": 0.2, "clip_cov_low": -9.0, "clip_cov_high": 9.0},
 }
 
@@ -48,9 +63,11 @@ def run(model: str, processes: int, fields: dict[str, Any]) -> dict[str, Any]:
             learning_rate=0.05,
             **fields,
         )
+        trainer.model.double()
         trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    kept = ("loss", "entropy", "ratio", "staleness", "erc", "epo", "ce_gppo", "stare", "entropic", "positive_nll")
+    controls = tuple(f"{prefix}/" for prefix in SUPPORTED)
+    kept = ("loss", "entropy", "ratio", "staleness", *controls)
     return {
         "processes": trainer.accelerator.num_processes,
         "weights": {name: value.detach().clone() for name, value in trainer.model.named_parameters()},

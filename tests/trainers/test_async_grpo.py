@@ -98,10 +98,10 @@ def on_processes(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory)
 def test_two_processes_are_one(on_processes: list[dict[str, Any]], case: str) -> None:
     one, two = (results[case] for results in on_processes)
     assert (one["processes"], two["processes"]) == (1, 2)
-    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-6, atol=5e-8)
     assert len(one["log"]) == 3
     for first, second in zip(one["log"], two["log"], strict=True):
-        assert first == pytest.approx(second, rel=1e-4, abs=1e-5)
+        assert first == pytest.approx(second, rel=1e-5, abs=1e-6)
     if case != "none":
         assert any("staleness/age" in entry for entry in one["log"])
         assert not torch.equal(one["weights"]["lm_head.weight"], on_processes[0]["none"]["weights"]["lm_head.weight"])
