@@ -133,6 +133,12 @@ def tiny_dataset() -> Dataset:
     return Dataset.from_dict({"prompt": [f"{i}+{7 * i % 10}="[: 1 + i % 4] for i in range(16)]})
 
 
+@pytest.fixture(scope="module")
+def bases() -> dict[str, Any]:
+    """For a table of changes: what was seen without the change, which rows of the same settings share."""
+    return {}
+
+
 @pytest.fixture
 def make_trainer(
     tmp_path: Path, tiny_model_path: str, tiny_tokenizer: PreTrainedTokenizerFast, tiny_dataset: Dataset

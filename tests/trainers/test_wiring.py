@@ -1,6 +1,8 @@
 """Every field of the trainers' configurations changes something that can be seen.
 
 A new field must be added to `CHANGES`, with what shall differ when it does: a field that nothing reads fails the test.
+The other configurations have their tables in `test_async_wiring.py`, `tests/ppo/test_wiring.py` and
+`tests/commands/test_wiring.py`.
 """
 
 from collections.abc import Callable
@@ -10,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from trl import GRPOConfig
+import trl
+from packaging.version import Version
+from trl import GRPOConfig, RLOOConfig
 
 from tests.tasks.test_multi_turn_training import multi_turn_trainer
 from tests.trainers.test_grpo import logged, weights
-from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig
+from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyRLOOConfig, EntropyRLOOTrainer
+from trl_entropy.controls import CONTROLS
 from trl_entropy.telemetry.record import read_record
+from trl_entropy.trainers.rloo import ENTROPIES_WITH_GRADIENTS
 
 ERC = {"erc_low": 0.95, "erc_high": 1.05}
 CE_GPPO = {"ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "epsilon": 0.01}
@@ -112,6 +118,14 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 """Field: the settings around it, the change, and what it must change."""
 
+RLOO = {"trainer_class": EntropyRLOOTrainer, "config_class": EntropyRLOOConfig, "max_steps": 2}
+RLOO_CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "qae_quantile": ({**RLOO, "qae_quantile": 0.4}, {"qae_quantile": 0.8}, POLICY),
+    "positive_nll_coef": ({**RLOO, **NLL}, {"positive_nll_coef": 0.5}, POLICY),
+    "epo_coef": ({**RLOO, **EPO}, {"epo_coef": 0.5}, POLICY),
+}
+"""A field of each control of RLOO, whose way to the loss is RLOO's own. What the others do there is the control's."""
+
 
 def names(config_class: type) -> set[str]:
     return {field.name for field in fields(config_class)}
@@ -122,6 +136,13 @@ def test_every_field_is_in_the_table():
     assert names(EntropyGRPOConfig) < names(AsyPPOConfig)
 
 
+def test_every_control_of_rloo_is_in_its_table():
+    own = names(EntropyRLOOConfig) - names(RLOOConfig)
+    assert own < CHANGES.keys()
+    controls = [control for control in CONTROLS if own & set(control.fields)]
+    assert [len(RLOO_CHANGES.keys() & set(control.fields)) for control in controls] == [1] * len(RLOO_CHANGES)
+
+
 @pytest.fixture
 def observe(make_trainer: Callable[..., Any], tiny_model_path: str, tmp_path: Path) -> Callable[..., Any]:
     """`observe(run, settings, what)`: train two rollouts of two steps each with these settings; what is seen."""
@@ -130,7 +151,7 @@ def observe(make_trainer: Callable[..., Any], tiny_model_path: str, tmp_path: Pa
         # a rate at which two updates leave ERC's bounds and a narrow trust region
         settings = {"max_steps": 4, "steps_per_generation": 2, "learning_rate": 3e-2, **settings}
         make = multi_turn_trainer if settings.pop("episodes", False) else type(make_trainer).__call__
-        if not settings.keys() <= names(EntropyGRPOConfig):
+        if settings.keys() & (names(AsyPPOConfig) - names(EntropyGRPOConfig)):
             settings["config_class"] = AsyPPOConfig
             settings["trainer_class"] = lambda **kwargs: AsyPPOTrainer(**kwargs, critics=tiny_model_path)
         trainer = make(make_trainer, output_dir=tmp_path / run, **settings)
@@ -151,7 +172,26 @@ def observe(make_trainer: Callable[..., Any], tiny_model_path: str, tmp_path: Pa
     return observe
 
 
+@pytest.fixture
+def differs(observe: Callable[..., Any], bases: dict[str, Any]) -> Callable[..., bool]:
+    """`differs(settings, change, what)`: whether the change makes what is seen another."""
+
+    def differs(settings: dict[str, Any], change: dict[str, Any], what: str) -> bool:
+        key = repr((settings, what))
+        if key not in bases:
+            bases[key] = observe("base", settings, what)
+        return observe("changed", {**settings, **change}, what) != bases[key]
+
+    return differs
+
+
 @pytest.mark.parametrize("field", CHANGES)
-def test_a_field_changes_what_it_says(observe, field):
-    settings, change, what = CHANGES[field]
-    assert observe("base", settings, what) != observe("changed", {**settings, **change}, what)
+def test_a_field_changes_what_it_says(differs, field):
+    assert differs(*CHANGES[field])
+
+
+@pytest.mark.parametrize("field", RLOO_CHANGES)
+def test_a_field_of_rloo_changes_what_it_says(differs, field):
+    if field.startswith("epo") and Version(trl.__version__) < Version(ENTROPIES_WITH_GRADIENTS):
+        pytest.skip(f"RLOO takes EPO from TRL {ENTROPIES_WITH_GRADIENTS} on")
+    assert differs(*RLOO_CHANGES[field])
