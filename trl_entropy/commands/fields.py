@@ -7,7 +7,7 @@ import math
 import sys
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -183,13 +183,29 @@ def _fits(value: Any, kind: Any) -> bool:
         return all(_fits(item, items) for item in (value if isinstance(value, list) else [value]))
     if origin is dict or kind is dict:
         return isinstance(value, dict | str)
+    if is_dataclass(kind):
+        return _fits_fields(value, kind)
     return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _fits_fields(value: Any, kind: Any) -> bool:
+    """Whether a value may stand for a dataclass: a mapping of its fields, such as one of TRL's `datasets`."""
+    hints = get_type_hints(kind)
+    needed = {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}
+    is_mapping = isinstance(value, dict) and needed <= value.keys() <= hints.keys()
+    return is_mapping and all(_fits(value[name], hints[name]) for name in value)
 
 
 def _words(kind: Any) -> str:
     arguments = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    names = (getattr(one, "__name__", str(one)) if not get_args(one) else str(one) for one in arguments)
-    return " or ".join(name for name in names if name != "NoneType")
+    return " or ".join(_word(one) for one in arguments if one is not type(None))
+
+
+def _word(kind: Any) -> str:
+    items = get_args(kind)
+    if items and is_dataclass(items[0]):
+        return f"a list of mappings of {', '.join(field.name for field in fields(items[0]))}"
+    return str(kind) if items else getattr(kind, "__name__", str(kind))
 
 
 def arguments_of(argv: list[str] | None) -> list[str]:

@@ -65,6 +65,8 @@ class TrainArguments(GRPOScriptArguments):
             raise ValueError(f"critic_lora_r={self.critic_lora_r} must be at least 1, and needs critics.")
         if isinstance(self.reward_funcs, str):
             self.reward_funcs = [self.reward_funcs]
+        if self.ignore_bias_buffers:
+            raise ValueError("ignore_bias_buffers=True does nothing here: TRL reads it for DPO alone. Leave it out.")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length={self.max_prompt_length} must be at least 1, or left out.")
 
