@@ -1,7 +1,7 @@
-"""Breaks `controls` and `critics` on purpose, one place at a time, and says which breaks no test notices.
+"""Breaks the package on purpose, one place at a time, and says which breaks no test notices.
 
-    python .ci/mutate.py RESULTS.jsonl                          # 300 seeded mutants; go on where it was stopped
-    python .ci/mutate.py RESULTS.jsonl --count 50 --seed 1 controls/erc.py
+    python .ci/mutate.py RESULTS.jsonl               # 300 seeded mutants of controls and critics; goes on if stopped
+    python .ci/mutate.py RESULTS.jsonl --count 50 --seed 1 controls/erc.py trainers
 
 The tests are run unbroken first, which must pass, and what each of them runs of the package is written to
 RESULTS.tests.json. Then for each mutant those that run the function it is in, the nearest and quickest first
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -167,6 +168,12 @@ def left_out(tree: ast.AST) -> set[ast.AST]:
     return found
 
 
+def files_of(modules: Sequence[str]) -> list[str]:
+    """The Python files of these files and folders below the package."""
+    paths = [path for name in modules for path in sorted((PACKAGE / name).rglob("*.py")) or [PACKAGE / name]]
+    return [str(path.relative_to(PACKAGE)) for path in paths]
+
+
 def mutants_of(module: str) -> Iterator[Mutant]:
     tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
     skipped = left_out(tree)
@@ -268,10 +275,10 @@ def watch(file: str) -> dict[str, Any]:
         return json.loads(into.read_text(encoding="utf-8"))
 
 
-def watch_all(given: list[str], pool: Any) -> dict[str, Any]:
+def watch_all(given: list[str], pool: Executor) -> dict[str, Any]:
     files = [str(path) for name in given for path in sorted(Path(name).glob("test_*.py")) or [name]]
     files = [path for path in files if "test_two_processes" not in path]
-    return {name: row for tests in pool.imap_unordered(watch, files) for name, row in tests.items()}
+    return {name: row for tests in pool.map(watch, files) for name, row in tests.items()}
 
 
 @cache
@@ -321,7 +328,7 @@ def try_out(trial: tuple[Mutant, list[tuple[list[str], int]]]) -> dict[str, Any]
     }
 
 
-def try_all(chosen: list[Mutant], given: argparse.Namespace, pool: Any) -> dict[Mutant, dict[str, Any]]:
+def try_all(chosen: list[Mutant], given: argparse.Namespace, pool: Executor) -> dict[Mutant, dict[str, Any]]:
     """What became of each mutant; those that RESULTS has are not tried again, or its survivors alone."""
     watched = given.results.with_suffix(".tests.json")
     if given.again or not watched.exists():
@@ -332,7 +339,8 @@ def try_all(chosen: list[Mutant], given: argparse.Namespace, pool: Any) -> dict[
     kept = {mutant for mutant, row in done.items() if not given.again or row["result"] == "killed"}
     trials = [(mutant, choose(mutant, tests, given.seconds)) for mutant in chosen if mutant not in kept]
     with given.results.open("a", encoding="utf-8") as file:
-        for row in pool.imap_unordered(try_out, trials):
+        for trial in as_completed([pool.submit(try_out, trial) for trial in trials]):
+            row = trial.result()
             done[Mutant(row["module"], row["node"], row["choice"])] = row
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -350,7 +358,7 @@ def load() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("modules", nargs="*", help="files below trl_entropy; all of controls and critics if left out")
+    parser.add_argument("modules", nargs="*", default=FOLDERS, help="files or folders below trl_entropy")
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=120, help="CPU time of the tests of a mutant that survives")
@@ -361,11 +369,11 @@ def main() -> int:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     load()
-    every = [str(path.relative_to(PACKAGE)) for name in FOLDERS for path in sorted((PACKAGE / name).rglob("*.py"))]
-    candidates = [mutant for module in given.modules or every for mutant in mutants_of(module)]
+    candidates = [mutant for module in files_of(given.modules) for mutant in mutants_of(module)]
     chosen = random.Random(given.seed).sample(candidates, min(given.count, len(candidates)))
     print(f"{len(chosen)} of {len(candidates)} mutants", flush=True)
-    with multiprocessing.get_context("fork").Pool(given.jobs) as pool:
+    # not a `Pool`, whose processes may start none, which some tests do
+    with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         done = try_all(chosen, given, pool)
     survivors = [done[mutant] for mutant in chosen if done[mutant]["result"] == "survived"]
     for row in sorted(survivors, key=lambda row: (row["module"], row["line"])):
