@@ -251,3 +251,13 @@ def test_evaluation_plays_too(make_trainer):
     metrics = trainer.evaluate()
     assert metrics["eval_episode/turns"] == 2
     assert len(trainer.active.states["epo"].turn_steps) == 0
+
+
+def test_what_is_counted_holds_no_graph(make_trainer, monkeypatch):
+    """It would keep the activations of each micro-batch until the optimizer step."""
+    counted: list[Any] = []
+    add = TokenMeans.add
+    monkeypatch.setattr(TokenMeans, "add", lambda self, found: counted.extend(found.values()) or add(self, found))
+    multi_turn_trainer(make_trainer, max_steps=1, epo_coef=0.1, positive_nll_coef=0.1).train()
+    assert counted
+    assert not any(mean.value.requires_grad for mean in counted)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from trl_entropy.controls import CONTROLS
+from trl_entropy.telemetry.metrics import TokenMeans
 from trl_entropy.telemetry.record import read_record
 from trl_entropy.trainers.async_controls import SUPPORTED
 
@@ -281,6 +283,25 @@ def test_the_adapter_alone_is_kept(make_async: Callable[..., Any]) -> None:
     assert set(kept) <= set(range(1, 6))
     assert all("lora_" in name for name in kept[5])
     assert max(entry.get("erc/clip_fraction", 0.0) for entry in trainer.state.log_history) > 0.0
+
+
+def test_dropout_is_named_where_ratios_would_take_it_for_a_change(make_async: Callable[..., Any]) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", lora_dropout=0.1)
+    with pytest.warns(UserWarning, match=r"dropout \(lora_dropout=0\.1\), whose noise ERC cannot tell"):
+        make_async(peft_config=lora, erc_low=0.9, erc_high=1.1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*dropout")
+        make_async(peft_config=lora, epo_coef=0.1)
+
+
+def test_what_is_counted_holds_no_graph(make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep the activations of each micro-batch until the optimizer step."""
+    counted: list[Any] = []
+    add = TokenMeans.add
+    monkeypatch.setattr(TokenMeans, "add", lambda self, found: counted.extend(found.values()) or add(self, found))
+    make_async(max_steps=1, epo_coef=0.1, entropic_target=0.5, steer_min_weight=0.5).train()
+    assert counted
+    assert not any(mean.value.requires_grad for mean in counted)
 
 
 def test_sharded_weights_and_erc_are_refused(make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,11 +27,17 @@ SHAPE: dict[str, Any] = {
 
 
 @pytest.fixture
-def make_probe(make_trainer):
+def said() -> list[str]:
+    """What the probe says it is doing."""
+    return []
+
+
+@pytest.fixture
+def make_probe(make_trainer, said: list[str]):
     """Factory of probes that measure after steps 1 and 3."""
 
     def make(precision: str = "float32", **overrides: Any) -> RoundingProbe:
-        probe = partial(RoundingProbe, measured_steps=(1, 3), progress=lambda what: None)
+        probe = partial(RoundingProbe, measured_steps=(1, 3), progress=said.append)
         return make_trainer(trainer_class=probe, **{**SHAPE, **PRECISIONS[precision], **overrides})
 
     return make
@@ -88,11 +94,12 @@ def reset_accelerate() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
-def test_steps_are_those_of_training(make_probe, make_trainer, precision: str) -> None:
+def test_steps_are_those_of_training(make_probe, make_trainer, said: list[str], precision: str) -> None:
     """Measuring changes no bit of the weights that the same configuration trains."""
     probe = make_probe(precision)
     measured = probe.measure()
     assert [update.step for update in measured.updates] == [1, 3]
+    assert [what for what in said if "step" in what] == ["after optimizer step 1", "after optimizer step 3"]
     assert not same(measured.updates[0].trained, measured.rollout)
     reset_accelerate()
     trained = make_trainer(trainer_class=EntropyGRPOTrainer, **SHAPE, **PRECISIONS[precision])

@@ -13,7 +13,7 @@ from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.trainers.test_grpo import ALL_CONTROLS, assert_same_weights, logged, weights
-from trl_entropy import EntropyGRPOTrainer
+from trl_entropy import EntropyGRPOTrainer, entropy_controlled
 from trl_entropy.trainers.resume import last_complete_checkpoint
 
 
@@ -196,6 +196,23 @@ def test_a_new_schedule_draws_the_prompts_of_its_own_epoch(make_trainer, tmp_pat
     if trainer._train_batch_size != changed["per_device_train_batch_size"]:
         pytest.skip("transformers 4.56 goes on with the batch size of the checkpoint, whatever the configuration says")
     assert prompts["resumed"] == prompts["whole"][1:]
+
+
+class ListedSampler(GRPOTrainer):
+    """Draws the rows by a list of its own."""
+
+    def _get_train_sampler(self, dataset=None):
+        return list(super()._get_train_sampler(dataset))
+
+
+def test_a_sampler_of_a_subclass_s_own_is_left_alone_in_the_second_epoch(make_trainer, tmp_path, tiny_dataset):
+    settings = {"trainer_class": entropy_controlled(ListedSampler), "epo_coef": 0.1, "steps_per_generation": 1}
+    settings |= SAVED | {"train_dataset": tiny_dataset.select(range(4)), "max_steps": 4}
+    whole = make_trainer(tmp_path / "run", **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert_same_weights(weights(resumed), weights(whole))
 
 
 def test_the_position_is_the_checkpoints_where_the_state_is_read_later(make_trainer, tmp_path, tiny_dataset):
