@@ -150,7 +150,7 @@ def test_the_current_version_needs_a_pass_only_where_an_update_lies_between(make
 def test_the_record_has_each_token_as_its_author_wrote_it(
     make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = async_parts.MadeRollouts(0, group_size=12)
+    worker = async_parts.MadeRollouts(0, group_size=6)  # two prompts
     fields = {"erc_low": 0.8, "erc_high": 1.3, "record_tokens": 8, **CLIP}
     trainer = make_async(per_device_train_batch_size=12, rollout_worker=worker, **fields)
     inputs, policy, tokens = batch_of(trainer)
@@ -167,6 +167,10 @@ def test_the_record_has_each_token_as_its_author_wrote_it(
         expected = [t.old, t.old_entropy, t.a, t.lp.item(), t.entropy.item()]
         assert [one.item() for one in found] == pytest.approx(expected, rel=1e-6)
         assert int(batch.inputs["completion_ids"][at]) == int(worker.taken[t.sample].input_ids[t.place])
+    assert len(set(first.values())) > 1
+    for sample, start in first.items():
+        prompt = batch.inputs["prompt_ids"][sample][batch.inputs["prompt_mask"][sample]]
+        assert prompt.tolist() == worker.taken[sample].input_ids[:start].tolist()
 
 
 def test_what_is_known_when_samples_are_packed_waits_for_no_device(
