@@ -44,7 +44,7 @@ TRAIN_CHANGES: Changes = {
     "task_args": (OF_A_TASK, {"task_args": {"size": 100}}, "rows"),
     "environment_args": (OF_A_TASK, {"environment_args": {"max_turns": 15}}, "environment"),
     "critics": ({}, {"critics": ["policy"]}, "trainer"),
-    "critic_lora_r": (WITH_CRITICS, {"critic_lora_r": 4}, "critics' adapter"),
+    "critic_lora_r": ({**WITH_CRITICS, "critic_lora_r": 2}, {"critic_lora_r": 4}, "critics' adapter"),
     "max_prompt_length": ({}, {"max_prompt_length": 2}, "rows"),
     "model_name_or_path": ({}, {"model_name_or_path": "copy"}, "policy"),
     "model_revision": ({}, {"model_revision": "next"}, "model's arguments"),

@@ -151,6 +151,7 @@ def test_the_record_has_each_token_as_its_author_wrote_it(
     make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = async_parts.MadeRollouts(0, group_size=6)  # two prompts
+    worker.letters = range(3)
     fields = {"erc_low": 0.8, "erc_high": 1.3, "record_tokens": 8, **CLIP}
     trainer = make_async(per_device_train_batch_size=12, rollout_worker=worker, **fields)
     inputs, policy, tokens = batch_of(trainer)
@@ -168,6 +169,7 @@ def test_the_record_has_each_token_as_its_author_wrote_it(
         assert [one.item() for one in found] == pytest.approx(expected, rel=1e-6)
         assert int(batch.inputs["completion_ids"][at]) == int(worker.taken[t.sample].input_ids[t.place])
     assert len(set(first.values())) > 1
+    assert {0, 1, 2} == {token for sample, start in first.items() for token in worker.taken[sample].input_ids[:start]}
     for sample, start in first.items():
         prompt = batch.inputs["prompt_ids"][sample][batch.inputs["prompt_mask"][sample]]
         assert prompt.tolist() == worker.taken[sample].input_ids[:start].tolist()

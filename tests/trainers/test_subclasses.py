@@ -382,6 +382,15 @@ class ShuffledTrainer(GRPOTrainer):
         return {name: value.flip(0) if value.dim() else value for name, value in output.items()}
 
 
+class SwappedTrainer(GRPOTrainer):
+    """Hands on the first two rows of a rollout in each other's place."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        order = [1, 0, *range(2, len(output["completion_ids"]))]
+        return {name: value[order] if value.dim() else value for name, value in output.items()}
+
+
 class UnscoredTrainer(GRPOTrainer):
     """Makes its rollout anew, without `_calculate_rewards`."""
 
@@ -394,6 +403,7 @@ class UnscoredTrainer(GRPOTrainer):
     ("base", "said"),
     [
         (ShuffledTrainer, r"ShuffledTrainer\._generate_and_score_completions .*(other completions|does not take)"),
+        (SwappedTrainer, r"SwappedTrainer\._generate_and_score_completions hands on other completions"),
         (UnscoredTrainer, r"UnscoredTrainer\._generate_and_score_completions scores a rollout without"),
     ],
 )
