@@ -19,7 +19,6 @@ from peft import LoraConfig
 from torch import Tensor
 
 from trl_entropy.controls import CONTROLS
-from trl_entropy.telemetry.metrics import TokenMeans
 from trl_entropy.telemetry.record import read_record
 from trl_entropy.trainers.async_controls import SUPPORTED
 
@@ -292,16 +291,6 @@ def test_dropout_is_named_where_ratios_would_take_it_for_a_change(make_async: Ca
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*dropout")
         make_async(peft_config=lora, epo_coef=0.1)
-
-
-def test_what_is_counted_holds_no_graph(make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would keep the activations of each micro-batch until the optimizer step."""
-    counted: list[Any] = []
-    add = TokenMeans.add
-    monkeypatch.setattr(TokenMeans, "add", lambda self, found: counted.extend(found.values()) or add(self, found))
-    make_async(max_steps=1, epo_coef=0.1, entropic_target=0.5, steer_min_weight=0.5).train()
-    assert counted
-    assert not any(mean.value.requires_grad for mean in counted)
 
 
 def test_sharded_weights_and_erc_are_refused(make_async: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
