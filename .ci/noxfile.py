@@ -29,6 +29,7 @@ CONTACT_TESTS = [
             "contact_table",
             "controlled",
             "subclasses",
+            "subclass_refusals",
             "trl_subclasses",
             "grpo",
             "resume",

@@ -44,6 +44,10 @@ def write_rows(name: str, rows: list[dict[str, Any]]) -> None:
     Path(name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
+def log_history(run: str = "run") -> list[dict[str, float]]:
+    return json.loads(Path(run, "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
 @contextmanager
 def full_disk(largest_file: int) -> Iterator[None]:
     """Within this context no file can grow beyond so many bytes, and what is printed goes nowhere."""
