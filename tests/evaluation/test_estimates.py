@@ -88,10 +88,12 @@ def test_difference_is_paired():
     assert estimate_difference([0.5, 0.5], [0.5, 0.5]) == estimates.Estimate(0.0, 0.0, 0.0)
 
 
-def test_chunks_do_not_change_the_number_of_resamples(monkeypatch):
+def test_chunks_do_not_change_the_interval(monkeypatch):
+    scores = list(np.linspace(0, 1, 100))
+    expected = estimate(scores)
+    # 7 resamples each, and 4 in the last
     monkeypatch.setattr(estimates, "CHUNK", 700)
-    means = estimates._resampled_means(np.linspace(0, 1, 100), seed=0)
-    assert means.shape == (estimates.NUM_RESAMPLES,)
+    assert estimate(scores) == expected
 
 
 def test_nothing_to_estimate_is_refused():

@@ -85,8 +85,7 @@ def test_policy_is_small_and_starts_at_a_quarter(policy):
     text = "vxw.kckekaofofpj"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer(text)["input_ids"]) == len(text)
-    turns = [list(corridor.demonstration(name)) for name in corridor.load("test")["prompt"]]
-    input_ids, labels = corridor._encode(PreTrainedTokenizerFast.from_pretrained(policy), turns)
+    input_ids, labels = corridor.demonstrations(PreTrainedTokenizerFast.from_pretrained(policy), "test")
     assert (labels != -100).sum(1).tolist() == [len(RIGHT)] * 400
     assert 0.1 < tiny_policy.repeat_probability(model, input_ids, labels).mean() < 0.5
 

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,16 @@ def reward(completion: str, item: str) -> float:
     return full_score_reward([None], [[{"role": "assistant", "content": completion}]], [item])[0]
 
 
+@cache
+def entry_of(item: str) -> dict[str, Any]:
+    """The problem behind an item, made by reasoning-gym itself."""
+    problem = json.loads(item)
+    config = problem["config"] or {}
+    return gym.create_dataset(problem["name"], size=problem["size"], seed=problem["seed"], **config)[problem["index"]]
+
+
 def answer_of(item: str) -> str:
-    return reasoning_gym._entry(item)["answer"]
+    return entry_of(item)["answer"]
 
 
 def test_only_the_version_whose_graders_were_read_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +190,7 @@ def test_no_grader_runs_an_answer(trap: type[Trap]) -> None:
     for name in ("binary_matrix", "string_insertion", "countdown"):
         item = load("test", name=name, test_size=1)["item"][0]
         dataset = gym.create_dataset(name, size=1, seed=0)
-        dataset.score_answer(hostile, reasoning_gym._entry(item))
+        dataset.score_answer(hostile, entry_of(item))
         assert trap.sprung, f"{name} no longer runs answers: drop its check"
         trap.sprung = False
         assert reward(f"<answer>{hostile}</answer>", item) == 0.0
@@ -248,7 +257,7 @@ def test_problems_whose_reference_the_grader_refuses_are_left_out_and_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refused = load("test", name="gcd", test_size=4, seed=9)["item"][1]
-    bad = answer_of(refused), reasoning_gym._entry(refused)["question"]
+    bad = answer_of(refused), entry_of(refused)["question"]
     scores = type(gym.create_dataset("gcd", size=1, seed=0)).score_answer
 
     def score(self: Any, answer: str, entry: dict[str, Any]) -> float:
