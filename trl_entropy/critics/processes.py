@@ -69,6 +69,9 @@ def unsharded(value: Tensor) -> Tensor:
 
 def gathered(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Unsharded copies on the first process's CPU, nothing on the others; every process must call it."""
+    # `torch.distributed.checkpoint.state_dict` does this for a module's own weights alone: its
+    # `get_optimizer_state_dict` ends with a KeyError at the float32 copies of bfloat16 weights, which are no
+    # parameters of the module, and where no step was taken it takes one to make moments of zeros
     result = {}
     for name, value in values.items():
         # each in turn, so that a device holds one unsharded tensor at a time
