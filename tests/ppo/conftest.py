@@ -55,14 +55,16 @@ def make_ppo(
 ) -> Callable[..., Any]:
     """Factory of trainers: `make_ppo(trainer_class, config_class, **overrides)`.
 
-    Overrides named like a trainer argument go to the trainer, all others are config fields. The defaults: CPU,
-    float32, 8 responses of up to 6 tokens per rollout in 4 micro-batches, 2 PPO epochs, 3 rollouts.
+    Overrides named like a trainer argument go to the trainer, `dtype` is that of the policy and of the reference, and
+    all others are config fields. The defaults: CPU, float32, 8 responses of up to 6 tokens per rollout in 4
+    micro-batches, 2 PPO epochs, 3 rollouts.
     """
 
     def make(trainer_class: Any = None, config_class: Any = None, **overrides: Any) -> Any:
         from trl_entropy.ppo import EntropyPPOConfig, EntropyPPOTrainer
 
         given = {name: overrides.pop(name) for name in TRAINER_ARGUMENTS if name in overrides}
+        dtype = overrides.pop("dtype", torch.float32)
         if "critics" not in given:
             given.setdefault("value_model", make_scorer(2))
         tokenizer = given.pop("processing_class", tiny_tokenizer)
@@ -90,8 +92,8 @@ def make_ppo(
             **overrides,
         }
         reward_model = make_scorer(1)
-        policy = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
-        reference = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+        policy = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=dtype)
+        reference = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=dtype)
         set_seed(3)
         return (trainer_class or EntropyPPOTrainer)(
             args=(config_class or EntropyPPOConfig)(**config),

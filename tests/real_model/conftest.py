@@ -25,6 +25,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 1e-4},  # in bfloat16, less is mostly lost to rounding
     "lora": {"learning_rate": 2e-3, "peft_config": LORA},
 }
+KINDS = (("full", "float32"), ("lora", "bfloat16"))
+"""Policy and precision, where every pair of them would take too long."""
 SCHEDULE: dict[str, Any] = {
     "max_steps": 3,
     "steps_per_generation": 2,

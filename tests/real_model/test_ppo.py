@@ -9,7 +9,7 @@ import torch
 
 from tests.trainers.test_grpo import logged
 
-from .conftest import LORA
+from .conftest import KINDS, LORA
 
 pytest.importorskip("trl.experimental.ppo", reason="trl.experimental.ppo is in TRL 1.12 alone")
 
@@ -31,9 +31,13 @@ SCHEDULE = {"total_episodes": 8, "gradient_accumulation_steps": 2, "num_mini_bat
 """Two rollouts of four completions, and two epochs of two optimizer steps on each."""
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_control_trains_the_policy(make_ppo: Callable[..., Any], policy: str) -> None:
-    trainer = make_ppo(**SCHEDULE, **POLICIES[policy], **CONTROLS)
+@pytest.mark.parametrize(("policy", "precision"), KINDS)
+def test_every_control_trains_the_policy(make_ppo: Callable[..., Any], policy: str, precision: str) -> None:
+    settings = {"bf16": precision == "bfloat16", "dtype": getattr(torch, precision)}
+    trainer = make_ppo(**SCHEDULE, **POLICIES[policy], **CONTROLS, **settings)
+    assert {value.dtype for name, value in trainer.policy_model.named_parameters() if "lora_" not in name} == {
+        settings["dtype"]
+    }
     start = {name: value.clone() for name, value in trainer.policy_model.state_dict().items()}
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "erc/clip_fraction" in entry]

@@ -173,6 +173,7 @@ def make_async_trainer(
     trainer_class: Callable[..., Any] | None = None,
     config_class: Callable[..., Any] | None = None,
     rollout_worker: Any = None,
+    weight_transfer: Any = None,
     peft_config: Any = None,
     **fields: Any,
 ) -> Any:
@@ -186,5 +187,5 @@ def make_async_trainer(
         train_dataset=dataset,
         peft_config=peft_config,
         rollout_worker=rollout_worker or MadeRollouts(),
-        weight_transfer=NoTransfer(),
+        weight_transfer=weight_transfer or NoTransfer(),
     )
