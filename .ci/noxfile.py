@@ -30,6 +30,7 @@ CONTACT_TESTS = [
             "controlled",
             "subclasses",
             "subclass_refusals",
+            "asyppo_critics",
             "trl_subclasses",
             "grpo",
             "resume",

@@ -53,7 +53,8 @@ def test_a_checkpoint_without_critics_is_refused(make_trainer, make_asyppo, tmp_
 
 
 def small_critic(tiny_model, hidden):
-    config = Qwen2Config(**{**tiny_model.config.to_dict(), "hidden_size": hidden, "num_labels": 1})
+    config = Qwen2Config(**{**tiny_model.config.to_dict(), "hidden_size": hidden})
+    config.num_labels = 1  # transformers 4 takes the number of labels from their names first
     return Qwen2ForTokenClassification(config)
 
 
