@@ -309,6 +309,5 @@ def refuse(missing: list[str], *packages: str, newest: str = NEWEST) -> None:
         )
 
 
-refuse(
-    missing_names()
-)  # here: of the modules that import them, which come after this one, the error would be Python's
+# here, before the modules that import them, of which the error would be Python's
+refuse(missing_names())
