@@ -1,6 +1,6 @@
-"""The tests on every supported TRL, each in an environment of its own: `nox -f .ci/noxfile.py`.
+"""The tests on the older releases of TRL, and with the oldest of every requirement: `nox -f .ci/noxfile.py`.
 
-    nox -f .ci/noxfile.py -s contact             # one of the sessions
+    nox -f .ci/noxfile.py -s older -- 1.14.2     # on one of the releases
     nox -f .ci/noxfile.py -s newer -- 1.17.0     # what, if anything, breaks on a TRL that is not supported yet
     nox -f .ci/noxfile.py -s newest              # and with the newest of everything else too
 
@@ -19,7 +19,6 @@ EXTRAS = "tests,plots,maths,gym,scienceworld,smollm2"
 OLDEST, BETWEEN = "1.12.0", ("1.13.0", "1.14.2", "1.15.0")
 ONLY_TRITON = ("1.15.0",)
 """These compute log-probs with Triton kernels alone. The next release has the same kernels, for a CPU in torch too."""
-ON_REAL_MODEL = [f"tests/real_model/test_{name}.py" for name in ("ppo", "no_control")]
 CONTACT_TESTS = [
     "tests/test_overrides.py",
     *(
@@ -48,11 +47,16 @@ CONTACT_TESTS = [
     "tests/tasks/test_multi_turn_training.py",
 ]
 
-WITHOUT_TRL = ("tests/controls", "tests/critics", "tests/gpu", "tests/commands/test_killed.py", "tests/test_study*.py")
-"""Tensors, scripts of the study and of GPUs, and processes that are killed: the same on every TRL, and long."""
+ALSO_ON_OLDEST = [
+    "tests/ppo",
+    "tests/commands/test_train.py",
+    "tests/commands/test_wiring.py",
+    *(f"tests/test_{name}.py" for name in ("documents", "package", "recipes")),
+    *(f"tests/real_model/test_{name}.py" for name in ("ppo", "no_control")),
+]
 
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["oldest", "contact", "floors"]
+nox.options.sessions = ["older", "floors"]
 
 
 def install(session: nox.Session, trl: str) -> None:
@@ -76,23 +80,17 @@ def remove(session: nox.Session) -> None:
 
 
 @nox.session
-def oldest(session: nox.Session) -> None:
-    """What touches TRL of the suite on the oldest one, with a part of what the newest runs on the pretrained model."""
-    install(session, OLDEST)
-    run_tests(session, "-m", "not real_model", *(f"--ignore-glob={path}" for path in WITHOUT_TRL), *session.posargs)
-    run_tests(session, *ON_REAL_MODEL)
-    remove(session)
+def older(session: nox.Session) -> None:
+    """What touches TRL's internals on each older release, one after the other in one environment; `-- 1.14.2` for one.
 
-
-@nox.session
-@nox.parametrize("trl", BETWEEN)
-def contact(session: nox.Session, trl: str) -> None:
-    """What touches TRL's internals, on the releases in between."""
-    install(session, trl)
-    if trl in ONLY_TRITON:
-        session.install("-q", "--no-deps", "triton")
-        take_kernels(session, newest_supported())
-    run_tests(session, *CONTACT_TESTS)
+    On the oldest also its PPOTrainer, the commands, and a part of what the newest runs on the pretrained model.
+    """
+    for trl in session.posargs or (OLDEST, *BETWEEN):
+        install(session, trl)
+        if trl in ONLY_TRITON:
+            session.install("-q", "--no-deps", "triton")
+            take_kernels(session, newest_supported())
+        run_tests(session, *CONTACT_TESTS, *(ALSO_ON_OLDEST if trl == OLDEST else ()))
     remove(session)
 
 
