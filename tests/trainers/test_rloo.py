@@ -131,10 +131,13 @@ def test_an_infinite_ratio_beside_an_added_loss(
 
 
 def test_qae_takes_the_quantile_of_rloo_s_advantages(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
-    """Rewards of 0 and 1 in groups of four: `4/3 (R - Q)`, and Q is 0 iff the mean reward is at most 0.6."""
+    """Rewards of 0 and 1 in groups of four: `4/3 (R - Q)`, and Q is 0 iff the mean reward is at most 0.6.
+
+    Without RLOO's KL penalty, which is part of the rewards.
+    """
     outputs = []
     for name, controls in (("plain", {}), ("qae", {"qae_quantile": 0.4})):
-        trainer = make_trainer(tmp_path / name, **OURS, **controls)
+        trainer = make_trainer(tmp_path / name, **OURS, **controls, beta=0.0)
         trainer.model.train()
         outputs.append(
             trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])["advantages"]
