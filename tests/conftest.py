@@ -139,6 +139,13 @@ def bases() -> dict[str, Any]:
     return {}
 
 
+@pytest.fixture(autouse=True)
+def no_precision_of_another_test() -> Generator[None, None, None]:
+    """Older releases of transformers tell accelerate of `bf16=True` by a variable that `bf16=False` leaves alone."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
 @pytest.fixture
 def make_trainer(
     tmp_path: Path, tiny_model_path: str, tiny_tokenizer: PreTrainedTokenizerFast, tiny_dataset: Dataset
