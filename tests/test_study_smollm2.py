@@ -230,7 +230,7 @@ def test_plan_has_every_run_once_in_the_registered_order():
     assert sorted(run.name for share in shares for run in share) == sorted(names)
 
 
-def test_the_arms_that_earlier_runs_choose():
+def test_the_arms_that_earlier_runs_choose(monkeypatch):
     def with_passes(first, last):
         return lambda result: result | {"pass": dict.fromkeys(map(str, arms.PASS_AT), first) | {"32": last}}
 
@@ -239,6 +239,15 @@ def test_the_arms_that_earlier_runs_choose():
     assert plan.best_pair(chosen) == ("gppo", "clip-higher")
     assert plan.settings_of("best", chosen) == arms.ARMS["gppo"] | arms.ARMS["clip-higher"]
     assert plan.extra_arm(chosen) == "gppo"
+    families = []
+
+    def keep(*args, **of):
+        families.append(compare.against_control(*args, **of))
+        return families[-1]
+
+    monkeypatch.setattr(plan, "against_control", keep)
+    assert plan.extra_arm(chosen) == "gppo"
+    assert all(set(family) == set(arms.ARMS) - {"ppo-clip"} for family in families)  # `best` has come since
     seeds = {run.seed for run in map(arms.Run.parse, chosen) if run.arm == "gppo" and run.learning_rate == 1e-5}
     assert set(range(10)) <= seeds
     # the best of both endpoints are one: the second in pass@1 joins it, and not what excludes it

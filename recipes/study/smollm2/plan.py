@@ -65,7 +65,9 @@ def extra_arm(results: Results) -> str | None:
     """
     if not all_tried(results, list(ARMS), TUNED):
         return None
-    families = [against_control(results, quantity, rates=TUNED, seeds=SEEDS) for quantity in PRIMARY]
+    # of the arms that were there when it was chosen: without the best combination, which comes later
+    of = {"rates": TUNED, "arms": list(ARMS), "seeds": SEEDS}
+    families = [against_control(results, quantity, **of) for quantity in PRIMARY]
     found = {arm: min(family[arm].adjusted for family in families if arm in family) for arm in set().union(*families)}
     others = [arm for arm in ARMS if arm in found and arm not in DECISIVE]
     return min(others, key=lambda arm: found[arm], default=None)
