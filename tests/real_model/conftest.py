@@ -3,6 +3,7 @@
 Where its package is not installed, the tests of this folder are skipped.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ def tiny_dataset() -> Dataset:
     """16 questions of 15 or 16 tokens in the model's chat format, without a system message; some answers end early."""
     question = "Is {} odd? Yes or no?<|im_end|>\n<|im_start|>assistant\n"
     return Dataset.from_dict({"prompt": [question.format(7 * i) for i in range(16)]})
+
+
+def check_entries(entries: list[dict[str, Any]]) -> None:
+    """Every number of these entries of a log is one, and every share is between 0 and 1."""
+    for entry in entries:
+        assert all(math.isfinite(value) for value in entry.values()), entry
+        assert all(0 <= value <= 1 for key, value in entry.items() if key.endswith("_fraction")), entry
 
 
 @pytest.fixture

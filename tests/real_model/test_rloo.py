@@ -1,6 +1,5 @@
 """RLOO with every control that it has a place for trains the pretrained model, by the formula of its loss."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from tests.trainers.test_grpo import weights
 from tests.trainers.test_rloo import CONTROLLED, OURS, WITH_EPO
 
-from .conftest import KINDS, SCHEDULE
+from .conftest import KINDS, SCHEDULE, check_entries
 from .test_training import TOLERANCE, Observer
 
 pytestmark = pytest.mark.real_model
@@ -55,9 +54,7 @@ def test_every_step_is_the_formula(make_real_trainer: Callable[..., Any], policy
     assert max(observer.gradient_errors) < TOLERANCE, observer.gradient_errors
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2]
-    for entry in steps:
-        assert all(math.isfinite(value) for value in entry.values()), entry
-        assert all(0 <= value <= 1 for key, value in entry.items() if key.endswith("_fraction")), entry
+    check_entries(steps)
     for key in ("qae/zero_fraction", "positive_nll/token_fraction", "epo/beta"):
         assert max(entry.get(key, 0.0) for entry in steps) > 0, (key, steps)
     moved = {key for key, value in weights(trainer).items() if not torch.equal(value, start[key])}
