@@ -371,6 +371,30 @@ def test_verdicts_by_hand():
     assert outcome("higher", (), 1.0) == "not run"
 
 
+def test_the_last_claim_needs_the_seeds_that_had_no_part_in_choosing():
+    runs = {}
+    for seed in range(10):
+        for arm, level in (("ppo-clip", 0.5), ("kl", 0.6), ("epo", 0.4)):
+            run = arms.Run("sums", arm, 1e-5, seed)
+            passes = level + 0.001 * random.Random(run.name).random()
+            runs[run.name] = fake(run) | {"pass": dict.fromkeys(map(str, arms.PASS_AT), passes)}
+    found = compare.beating(runs, "pass@1", "common rate", ["kl", "epo"])
+    assert found.holds
+    assert found.best == found.top.test.arm == "kl"
+    assert set(found.family) == {"kl", "epo"}
+    assert len(found.first.differences) == len(found.later.differences) == 5
+    # as good over all ten seeds, but in the last five no better than PPO-clip
+    for seed in range(5, 10):
+        runs[f"sums/kl/1e-05/{seed}"]["pass"]["1"] = 0.5 + 0.01 * (-1) ** seed
+    found = compare.beating(runs, "pass@1", "common rate", ["kl", "epo"])
+    assert found.best == "kl"
+    assert found.top.adjusted < compare.LEVEL
+    assert not found.holds
+    assert not compare.beating(runs, "pass@1", "common rate", ["epo"]).holds  # below
+    fewer = {name: run for name, run in runs.items() if name != "sums/kl/1e-05/9"}
+    assert set(compare.beating(fewer, "pass@1", "common rate", ["kl", "epo"]).family) == {"epo"}
+
+
 def test_page_of_partial_results_says_what_is_missing():
     partial = {}
     for run in plan.remaining({})[:40]:
