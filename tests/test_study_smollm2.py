@@ -89,7 +89,8 @@ def test_arms_are_those_registered():
     for rate in (*arms.LEARNING_RATES, *arms.RATE_LIMITS):
         assert f"{rate:.0e}".replace("e-0", "e-") in TEXT or f"{rate:g}".replace("e-0", "e-") in TEXT
     steps, degree = arms.TRAINING["max_steps"], arms.TRAINING["steps_per_generation"]
-    assert f"{steps} optimizer steps, {degree} steps a rollout ({steps // degree} rollouts)" in TEXT
+    amendments = " ".join(TEXT.split("## Amendments")[1].split())
+    assert f"{steps} optimizer steps, {degree} steps a rollout ({steps // degree} rollouts)" in amendments
     assert tuple(range(5)) == arms.SEEDS
     assert tuple(range(5, 10)) == arms.MORE_SEEDS
     assert "seeds 100 and 101" in TEXT
@@ -222,8 +223,9 @@ def test_plan_has_every_run_once_in_the_registered_order():
     names = [run.name for run in plan.remaining({})]
     assert len(names) == len(set(names))
     assert names[:3] == ["sums/base/0/0", "letters/base/0/0", "sums/ppo-clip/1e-05/0"]
-    assert names[2:10] == [f"sums/{arm}/1e-05/0" for arm in arms.MAIN]
-    assert names[10] == "sums/ppo-clip/1e-05/1"
+    assert names[2:7] == [f"sums/ppo-clip/1e-05/{seed}" for seed in arms.SEEDS]
+    assert names[7:14] == [f"sums/{arm}/1e-05/0" for arm in arms.MAIN[1:]]
+    assert names[14] == "sums/erc/1e-05/1"
     for arm, seed in product(arms.ARMS, arms.SEEDS):
         assert f"sums/{arm}/1e-05/{seed}" in names
     shares = [plan.remaining({}, train._share(f"{index}/2")) for index in (1, 2)]
@@ -430,8 +432,17 @@ def test_page_of_whole_results_decides_every_claim(tmp_path):
 
 def test_page_has_the_tables_of_the_results():
     text = (STUDY / "README.md").read_text(encoding="utf-8")
-    for name, table in page.tables(train.read_results(train.RESULTS)).items():
+    for name, table in page.tables(*map(train.read_results, (train.RESULTS, page.SET_ASIDE))).items():
         assert f"<!-- {name} -->\n{table}\n<!-- end -->" in text, name
     for name in ("curves", "effects"):
         assert f"({name}.png)" in text
         assert (STUDY / f"{name}.png").is_file()
+
+
+def test_runs_begin_as_the_shorter_or_longer_ones_that_were_set_aside():
+    found, kept = map(train.read_results, (train.RESULTS, page.SET_ASIDE))
+    assert {len(run["reward"]) for run in kept.values()} == {12, 36}
+    for name in found.keys() & kept.keys():
+        for curve in ("reward", "entropy"):
+            both = min(len(found[name][curve]), len(kept[name][curve]))
+            assert found[name][curve][:both] == kept[name][curve][:both], name

@@ -25,7 +25,7 @@ TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "num_generations": 8,
     "steps_per_generation": 8,
-    "max_steps": 96,
+    "max_steps": 192,
     "lr_scheduler_type": "constant",
     "loss_type": "dapo",
     "beta": 0.0,

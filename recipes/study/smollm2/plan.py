@@ -115,6 +115,9 @@ def plan(results: Results, arms: Sequence[str] = (BASE, *ARMS, BEST)) -> Iterato
     """
     if BASE in arms:
         yield from (base_run(task) for task in (TASK, SECOND_TASK))
+    if CONTROL in arms:
+        # first, whether its entropy collapses and its reward stops rising
+        yield from (Run(TASK, CONTROL, MIDDLE_RATE, seed) for seed in SEEDS)
     for stage in (MAIN, REST):
         chosen = [arm for arm in stage if arm in arms]
         yield from (Run(TASK, arm, MIDDLE_RATE, seed) for seed in SEEDS for arm in chosen)
