@@ -28,7 +28,8 @@ def curves_figure(results: Results, folder: Path) -> None:
     passes.set(xlabel="k", ylabel="pass@k, held out", xscale="log")
     passes.set_xticks(PASS_AT, PASS_AT)
     passes.minorticks_off()
-    reward.legend(title="arm (seeds)", fontsize=8)
+    if reward.lines:
+        reward.legend(title="arm (seeds)", fontsize=8)
     passes.legend()
     _save(figure, folder / "curves.png")
 

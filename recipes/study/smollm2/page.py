@@ -257,7 +257,7 @@ def values_table(results: Results, rates: str) -> str:
 
 
 def regime_table(results: Results, set_aside: Results | None = None) -> str:
-    """Whether PPO-clip collapses and stops rising, as the pre-registration asks, and so in the runs set aside for it."""
+    """Whether PPO-clip collapses and stops rising, as registered, and so in the runs that were set aside."""
     header = ("PPO-clip at the common rate", "mean, 95 % interval (seeds)", "")
     rows = [*_regime_rows(results, ""), *_regime_rows(set_aside or {}, "; set aside, 96 steps")]
     return table(header, rows) if rows else "Not run yet."
@@ -270,9 +270,11 @@ def _regime_rows(results: Results, which: str) -> list[tuple[object, ...]]:
     undecided = None if len(found["entropy"].differences) == len(SEEDS) else "undecided until all five seeds are there"
     collapsed = undecided or ("yes" if found["entropy"].mean < 0 else "no")
     risen = undecided or ("yes" if found["reward"].mean - found["reward"].half_width <= 0 else "no, it still rises")
+    ends = "entropy, last quarter, minus half of the first rollout's"
+    rises = "reward, last quarter, minus the quarter before"
     return [
-        (f"entropy, last quarter, minus half of the first rollout's{which}", found["entropy"], f"collapsed: {collapsed}"),
-        (f"reward, last quarter, minus the quarter before{which}", found["reward"], f"has stopped rising: {risen}"),
+        (ends + which, found["entropy"], f"collapsed: {collapsed}"),
+        (rises + which, found["reward"], f"has stopped rising: {risen}"),
     ]
 
 
