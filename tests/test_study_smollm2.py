@@ -443,6 +443,8 @@ def test_runs_begin_as_the_shorter_or_longer_ones_that_were_set_aside():
     found, kept = map(train.read_results, (train.RESULTS, page.SET_ASIDE))
     assert {len(run["reward"]) for run in kept.values()} == {12, 36}
     for name in found.keys() & kept.keys():
-        for curve in ("reward", "entropy"):
+        for curve in ("reward", "entropy", "grad_norm"):
             both = min(len(found[name][curve]), len(kept[name][curve]))
+            if arms.Run.parse(name).arm == "epo":  # its smoothing weight decays over the whole run
+                both = 1
             assert found[name][curve][:both] == kept[name][curve][:both], name
