@@ -442,6 +442,12 @@ def test_page_has_the_tables_of_the_results():
 def test_runs_begin_as_the_shorter_or_longer_ones_that_were_set_aside():
     found, kept = map(train.read_results, (train.RESULTS, page.SET_ASIDE))
     assert {len(run["reward"]) for run in kept.values()} == {12, 36}
+    trials = [run["reward"] for run in kept.values() if len(run["reward"]) == 36]
+    rises = {length: compare.finite(compare.rise(reward[:length]) for reward in trials) for length in (12, 24)}
+    assert {length: str(found) for length, found in rises.items()} == {
+        12: "-0.014 ± 0.191 (4)",
+        24: "+0.005 ± 0.144 (4)",
+    }
     for name in found.keys() & kept.keys():
         for curve in ("reward", "entropy", "grad_norm"):
             both = min(len(found[name][curve]), len(kept[name][curve]))
