@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 from arms import ARMS, BEST, MAIN, PASS_AT, TASK, Results, base_run
-from compare import COMMON, against_control, cell
+from compare import COMMON, SMOOTHED, against_control, cell, smooth
 from registered import CONTROL, PRIMARY
 
 matplotlib.use("Agg")
@@ -14,23 +14,28 @@ from matplotlib import pyplot as plt
 
 
 def curves_figure(results: Results, folder: Path) -> None:
-    """Reward and entropy by rollout, and pass@k, of the main arms at the common rate; means over the seeds."""
-    figure, (reward, entropy, passes) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
+    """Reward and entropy by rollout, and pass@k, of the main arms at the common rate; means over the seeds.
+
+    The first two are smoothed as for the entropy at equal reward. The axis of the entropy is logarithmic, so that one
+    arm that comes apart leaves the others to be seen.
+    """
+    figure, (reward, entropy, passes) = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
     if base := results.get(base_run(TASK).name):
         passes.plot(PASS_AT, base["pass"].values(), color="black", linestyle="--", label="the model itself")
     for arm in MAIN:
         if runs := list(cell(results, TASK, arm, COMMON).values()):
-            reward.plot(_mean_curve([run["reward"] for run in runs]), label=f"{arm} ({len(runs)})")
-            entropy.plot(_mean_curve([run["entropy"] for run in runs]))
+            reward.plot(_mean_curve([smooth(run["reward"]) for run in runs]), label=f"{arm} ({len(runs)})")
+            entropy.plot(_mean_curve([smooth(run["entropy"]) for run in runs]))
             passes.plot(PASS_AT, _mean_curve([list(run["pass"].values()) for run in runs]), marker=".")
     reward.set(xlabel="rollout", ylabel="reward")
-    entropy.set(xlabel="rollout", ylabel="entropy of the rollout (nats)")
+    entropy.set(xlabel="rollout", ylabel="entropy of the rollout (nats)", yscale="log")
+    entropy.yaxis.set_major_formatter("{x:g}")
     passes.set(xlabel="k", ylabel="pass@k, held out", xscale="log")
     passes.set_xticks(PASS_AT, PASS_AT)
     passes.minorticks_off()
-    if reward.lines:
-        reward.legend(title="arm (seeds)", fontsize=8)
-    passes.legend()
+    figure.suptitle(f"Means over the seeds (their number in brackets); reward and entropy over {SMOOTHED} rollouts")
+    if any(axes.lines for axes in figure.axes):
+        figure.legend(loc="outside lower center", ncols=len(MAIN) + 1)
     _save(figure, folder / "curves.png")
 
 
