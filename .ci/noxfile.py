@@ -40,6 +40,7 @@ CONTACT_TESTS = [
             "rounding",
             "rloo",
             "token_level",
+            "token_level_given",
             "asyppo",
             "lora",
         )

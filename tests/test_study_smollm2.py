@@ -1,29 +1,19 @@
-"""The study on a pretrained model measures what it says, does each run once, and its page follows from its results."""
+"""The study on a pretrained model is what was registered, measures what it says, and does each run once."""
 
 import argparse
 import gzip
-import importlib
 import json
-import random
 import re
 import statistics
-import sys
 from itertools import product
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.smollm2_study import STUDY, arms, compare, fake, page, plan, problems, registered, train, whole_results
 from trl_entropy import AsyPPOConfig
-from trl_entropy.recipes import recipes_dir
 
-STUDY = recipes_dir() / "study" / "smollm2"
-sys.path[:0] = [str(STUDY.parent), str(STUDY)]
-
-pytest.importorskip("reasoning_gym")
-pytest.importorskip("matplotlib")
-MODULES = ("arms", "compare", "curves", "page", "paired", "plan", "problems", "registered", "train")
-arms, compare, curves, page, paired, plan, problems, registered, train = map(importlib.import_module, MODULES)
 TEXT = (STUDY / "PREREGISTRATION.md").read_text(encoding="utf-8")
 
 
@@ -51,33 +41,6 @@ def model(tmp_path_factory):
 
 def even_reward(completion_ids, **columns):
     return [float(ids[0] % 2 == 0) for ids in completion_ids]
-
-
-def fake(run, **others):
-    """A result that depends on the run alone, with entropy that falls and reward that rises."""
-    drawn = random.Random(run.name)
-    level = 0.5 + 0.15 * (run.arm == "clip-higher") + 0.01 * drawn.random()
-    result = {
-        "run": run.name,
-        "reward": [level * min(1.0, index / 6) for index in range(12)],
-        "entropy": [2.0 * 0.7**index for index in range(12)],
-        "grad_norm": [drawn.random() for _ in range(96)],
-        "tokens": {"by_ratio": {"all": [8, 2], "erc": [1, 1], "ppo": [0, 1]}},
-        "pass": {str(k): min(1.0, level * k**0.2) for k in arms.PASS_AT},
-        "cpu_seconds": 60.0,
-        "explained_variance": 0.1,
-    }
-    return result | others
-
-
-def whole_results(**others):
-    """Every run that is planned, also those of arms that the runs before them choose; 1e-5 is each one's best rate."""
-    results = {}
-    for run in plan.plan(results):
-        if run.name not in results:
-            level = fake(run) | {"reward": [0.9 if run.learning_rate == 1e-5 else 0.1] * 12}
-            results[run.name] = others.get(run.arm, lambda result: result)(level)
-    return results
 
 
 def test_arms_are_those_registered():
@@ -292,19 +255,6 @@ def test_run_that_raises_is_a_result_without_numbers(tmp_path, monkeypatch):
         train.run_all(["erc"], "", results_file=results, samples_file=samples)
 
 
-def test_numbers_that_are_none_are_left_out():
-    runs = {
-        f"sums/{arm}/1e-05/{seed}": fake(arms.Run("sums", arm, 1e-5, seed)) for arm in arms.MAIN for seed in (0, 1, 2)
-    }
-    runs["sums/erc/1e-05/0"]["pass"]["1"] = float("nan")
-    runs["sums/erc/1e-05/1"]["grad_norm"] = [0.0] * 96
-    runs["sums/erc/1e-05/2"]["grad_norm"] = [float("nan")] * 96
-    assert len(compare.compare(runs, "pass@1", "erc", "ppo-clip", rates="common rate").differences) == 2
-    spread = compare.compare(runs, "gradient norm, relative spread", "erc", "ppo-clip", rates="common rate")
-    assert len(spread.differences) == 2
-    assert all(page.tables(runs).values())
-
-
 def test_run_names():
     asked = arms.Run("sums", "erc+ce-gppo", 2e-5, 4)
     assert arms.Run.parse(asked.name) == asked
@@ -338,119 +288,3 @@ def test_runs_go_on_where_they_were_killed(tmp_path, monkeypatch):
     assert [entry["run"] for entry in kept] == done[1:]
     train.run_all(["erc"], "", hours=0.0, results_file=results, samples_file=samples)
     assert train.read_results(results) == found
-
-
-def test_students_t_by_its_tables():
-    for degrees, t in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228)):
-        assert paired.t_quantile(degrees) == pytest.approx(t, abs=1e-3)
-        assert paired.t_probability(t, degrees) == pytest.approx(0.05, abs=1e-4)
-    five = paired.Paired((1.0, 2.0, 3.0, 4.0, 5.0))
-    # 2.776 times the standard deviation 1.581 over the root of 5; t = 3 / 0.7071 = 4.243
-    assert str(five) == "+3.000 ± 1.963 (5)"
-    assert five.probability == pytest.approx(0.0132, abs=1e-4)
-
-
-def test_holm_by_hand():
-    # the smallest times 4, the next times 3, and never below the one before
-    assert paired.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-
-
-def test_entropy_at_equal_reward_by_hand():
-    own = {"reward": [0.0, 0.4, 0.8, 0.8, 0.8], "entropy": [2.0, 1.8, 1.6, 1.4, 1.2]}
-    other = {"reward": [0.0, 0.0, 0.0, 0.8, 0.8], "entropy": [2.0, 1.0, 0.8, 0.4, 0.2]}
-    # means of four: own 0, 0.2, 0.4, 0.5, 0.7; other 0, 0, 0, 0.2, 0.4: both reach 0.4, at the third and the fifth
-    assert compare.entropies_at_equal_reward(own, other) == pytest.approx((1.8, 0.6))
-
-
-def test_verdicts_by_hand():
-    def outcome(expected, differences, adjusted):
-        test = compare.Test("pass@1", "erc", "ppo-clip", expected)
-        return compare.Outcome(test, paired.Paired(differences) if differences else None, adjusted).verdict
-
-    assert outcome("higher", (0.1, 0.2), 0.01) == "holds"
-    assert outcome("lower", (0.1, 0.2), 0.01) == "opposite"
-    assert outcome("higher", (0.1, 0.2), 0.06) == "not resolved"
-    assert outcome("higher", (), 1.0) == "not run"
-
-
-def test_the_last_claim_needs_the_seeds_that_had_no_part_in_choosing():
-    runs = {}
-    for seed in range(10):
-        for arm, level in (("ppo-clip", 0.5), ("kl", 0.6), ("epo", 0.4)):
-            run = arms.Run("sums", arm, 1e-5, seed)
-            passes = level + 0.001 * random.Random(run.name).random()
-            runs[run.name] = fake(run) | {"pass": dict.fromkeys(map(str, arms.PASS_AT), passes)}
-    found = compare.beating(runs, "pass@1", "common rate", ["kl", "epo"])
-    assert found.holds
-    assert found.best == found.top.test.arm == "kl"
-    assert set(found.family) == {"kl", "epo"}
-    assert len(found.first.differences) == len(found.later.differences) == 5
-    # as good over all ten seeds, but in the last five no better than PPO-clip
-    for seed in range(5, 10):
-        runs[f"sums/kl/1e-05/{seed}"]["pass"]["1"] = 0.5 + 0.01 * (-1) ** seed
-    found = compare.beating(runs, "pass@1", "common rate", ["kl", "epo"])
-    assert found.best == "kl"
-    assert found.top.adjusted < compare.LEVEL
-    assert not found.holds
-    assert not compare.beating(runs, "pass@1", "common rate", ["epo"]).holds  # below
-    fewer = {name: run for name, run in runs.items() if name != "sums/kl/1e-05/9"}
-    assert set(compare.beating(fewer, "pass@1", "common rate", ["kl", "epo"]).family) == {"epo"}
-
-
-def test_page_of_partial_results_says_what_is_missing():
-    partial = {}
-    for run in plan.remaining({})[:40]:
-        partial[run.name] = fake(run)
-    found = page.tables(partial)
-    assert "| finished | 40 |" in found["state"]
-    assert "`erc-float32` 16" in found["state"]
-    assert "`ppo-clip` 22" in found["state"]
-    assert "**" in found["arms at the common rate"]
-    assert found["arms at own rates"] == "Not run yet."
-    assert "`dppo`" not in found["arms at the common rate"]
-    assert "collapsed: yes" in found["regime"]
-    assert "undecided" in page.tables({name: run for name, run in partial.items() if name[-1] in "01"})["regime"]
-    higher = next(line for line in found["symptoms"].splitlines() if "`clip-higher`" in line and "pass@1" in line)
-    assert re.search(r"\+0\.1\d\d ± 0\.0\d\d \(5\) \| common rate \| better", higher)
-    assert all(made for made in page.tables({}).values())
-
-
-def test_page_of_whole_results_decides_every_claim(tmp_path):
-    whole = whole_results()
-    found = page.tables(whole)
-    assert "not run" not in found["claims"].lower()
-    assert "so far" not in found["claims"]
-    assert re.search(r"^\| 18 \| .*\| holds \|", found["claims"], re.MULTILINE)
-    assert "| missing, at least | 0 |" in found["state"]
-    assert "earlier runs" not in found["state"]
-    assert re.search(r"^\| pass@1 \| own rate \| `clip-higher` .*\| `clip-higher` \|", found["best"], re.MULTILINE)
-    assert "`best`" in found["arms at own rates"]
-    curves.curves_figure(whole, tmp_path)
-    curves.effects_figure(whole, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"curves.png", "effects.png"}
-
-
-def test_page_has_the_tables_of_the_results():
-    text = (STUDY / "README.md").read_text(encoding="utf-8")
-    for name, table in page.tables(*map(train.read_results, (train.RESULTS, page.SET_ASIDE))).items():
-        assert f"<!-- {name} -->\n{table}\n<!-- end -->" in text, name
-    for name in ("curves", "effects"):
-        assert f"({name}.png)" in text
-        assert (STUDY / f"{name}.png").is_file()
-
-
-def test_runs_begin_as_the_shorter_or_longer_ones_that_were_set_aside():
-    found, kept = map(train.read_results, (train.RESULTS, page.SET_ASIDE))
-    assert {len(run["reward"]) for run in kept.values()} == {12, 36}
-    trials = [run["reward"] for run in kept.values() if len(run["reward"]) == 36]
-    rises = {length: compare.finite(compare.rise(reward[:length]) for reward in trials) for length in (12, 24)}
-    assert {length: str(found) for length, found in rises.items()} == {
-        12: "-0.014 ± 0.191 (4)",
-        24: "+0.005 ± 0.144 (4)",
-    }
-    for name in found.keys() & kept.keys():
-        for curve in ("reward", "entropy", "grad_norm"):
-            both = min(len(found[name][curve]), len(kept[name][curve]))
-            if arms.Run.parse(name).arm == "epo":  # its smoothing weight decays over the whole run
-                both = 1
-            assert found[name][curve][:both] == kept[name][curve][:both], name
