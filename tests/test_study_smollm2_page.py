@@ -96,6 +96,18 @@ def test_page_of_partial_results_says_what_is_missing():
     assert all(made for made in page.tables({}).values())
 
 
+def test_seeds_that_end_below_the_model_are_counted():
+    found = {
+        arms.base_run("sums").name: fake(arms.base_run("sums"), **{"pass": dict.fromkeys(map(str, arms.PASS_AT), 0.3)})
+    }
+    for seed, passes in enumerate((0.2, 0.3, 0.4)):  # the second is the model's own
+        run = arms.Run("sums", "kl", 1e-5, seed)
+        found[run.name] = fake(run, **{"pass": dict.fromkeys(map(str, arms.PASS_AT), passes)})
+    assert page.values_table(found, "common rate").splitlines()[-1].endswith("| 1 of 3 |")
+    del found[arms.base_run("sums").name]
+    assert page.values_table(found, "common rate").endswith("| - of 3 |")
+
+
 def test_page_of_whole_results_decides_every_claim(tmp_path):
     whole = whole_results()
     found = page.tables(whole)

@@ -245,15 +245,16 @@ VALUES = (
 
 
 def values_table(results: Results, rates: str) -> str:
-    """Means over the seeds of every arm that was run, after the model itself."""
-    rows = []
-    if base := results.get(base_run(TASK).name):
-        rows.append(("the model itself", *(f"{QUANTITIES[name](base):.3f}" for name in VALUES[:2]), *["-"] * 4, 1))
+    """Means over the seeds of every arm that was run, and how many end with a lower pass@1 than the model itself."""
+    rows, base = [], results.get(base_run(TASK).name)
+    if base:
+        rows.append(("the model itself", *(f"{QUANTITIES[name](base):.3f}" for name in VALUES[:2]), *["-"] * 5))
     for arm in (*ARMS, BEST):
         if runs := cell(results, TASK, arm, rates):
             means = [statistics.fmean(QUANTITIES[name](run) for run in runs.values()) for name in VALUES]
-            rows.append((f"`{arm}`", *(f"{mean:.3f}" for mean in means), len(runs)))
-    return table(("arm", *VALUES, "seeds"), rows) if rows else "Not run yet."
+            below = sum(run["pass"]["1"] < base["pass"]["1"] for run in runs.values()) if base else "-"
+            rows.append((f"`{arm}`", *(f"{mean:.3f}" for mean in means), f"{below} of {len(runs)}"))
+    return table(("arm", *VALUES, "seeds that end below the model"), rows) if rows else "Not run yet."
 
 
 def regime_table(results: Results, set_aside: Results | None = None) -> str:
