@@ -2,6 +2,7 @@
 
 import random
 import re
+import warnings
 
 import pytest
 
@@ -106,6 +107,13 @@ def test_seeds_that_end_below_the_model_are_counted():
     assert page.values_table(found, "common rate").splitlines()[-1].endswith("| 1 of 3 |")
     del found[arms.base_run("sums").name]
     assert page.values_table(found, "common rate").endswith("| - of 3 |")
+
+
+def test_figures_of_no_results_warn_of_nothing(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curves.curves_figure({}, tmp_path)
+        curves.effects_figure({}, tmp_path)
 
 
 def test_page_of_whole_results_decides_every_claim(tmp_path):
