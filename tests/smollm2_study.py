@@ -13,8 +13,9 @@ sys.path[:0] = [str(STUDY.parent), str(STUDY)]
 
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
-MODULES = ("arms", "compare", "curves", "page", "paired", "plan", "problems", "registered", "train")
-arms, compare, curves, page, paired, plan, problems, registered, train = map(importlib.import_module, MODULES)
+MODULES = ("arms", "compare", "curves", "page", "paired", "plan", "problems", "products", "registered", "train")
+modules = map(importlib.import_module, MODULES)
+arms, compare, curves, page, paired, plan, problems, products, registered, train = modules
 
 
 def fake(run, **others):

@@ -11,7 +11,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.smollm2_study import STUDY, arms, compare, fake, page, plan, problems, registered, train, whole_results
+from tests.smollm2_study import (
+    STUDY,
+    arms,
+    compare,
+    fake,
+    page,
+    plan,
+    problems,
+    products,
+    registered,
+    train,
+    whole_results,
+)
 from trl_entropy import AsyPPOConfig
 
 TEXT = (STUDY / "PREREGISTRATION.md").read_text(encoding="utf-8")
@@ -171,6 +183,51 @@ def test_held_out_problems_are_measured_in_float32(model, monkeypatch):
     asked = arms.Run("letters", "ppo-clip", 1e-3, 0)
     train.train(asked, model, train.settings_of_run(asked, {}) | {"max_steps": 1})
     assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_are_summed_in_float32_and_rounded_once(dtype):
+    torch.manual_seed(0)
+    a, b, c = (torch.randn(7, 7).to(dtype) for _ in range(3))
+    out = torch.empty(7, 7, dtype=dtype)
+    exact = (a.double() @ b.double()).to(dtype)
+    with products.Float32Products():
+        found = [a @ b, torch.mm(a, b, out=out), out, torch.bmm(a[None], b[None])[0], torch.addmm(0 * c, a, b)]
+        biased = torch.nn.functional.linear(a, b, c[0])
+    for made in found:
+        torch.testing.assert_close(made, exact)
+        assert made.dtype == dtype
+    torch.testing.assert_close(biased, (a.double() @ b.double().T + c[0].double()).to(dtype))
+
+
+def test_products_do_not_change_those_of_float32():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 40, 40)
+    with products.Float32Products():
+        found = a @ b
+    assert torch.equal(found, a @ b)
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("arm", ["erc-bf16", "asyppo", "erc-float32"])
+def test_bfloat16_without_instructions_is_computed_in_float32_and_said(arm, instructions, model, monkeypatch):
+    dtypes = []
+
+    def counted(mode, func, types, args=(), kwargs=None):
+        backward = torch._C._current_graph_task_id() != -1
+        dtypes.append((backward, torch.is_grad_enabled(), args[-1].dtype) if func in products.PRODUCTS else None)
+        return dispatch(mode, func, types, args, kwargs)
+
+    dispatch = products.Float32Products.__torch_dispatch__
+    monkeypatch.setattr(products.Float32Products, "__torch_dispatch__", counted)
+    monkeypatch.setattr(train, "has_bfloat16_products", lambda: instructions)
+    asked = arms.Run("letters", arm, 1e-3, 0)
+    result, _ = train.train(asked, model, train.settings_of_run(asked, {}) | {"max_steps": 8})
+    emulated = arm != "erc-float32" and not instructions
+    assert result.get("products") == ("float32" if emulated else None)
+    assert bool(dtypes) == emulated
+    if emulated:  # generation and the rollout's forward pass; that of a step; its backward pass
+        assert {(*when, torch.bfloat16) for when in ((False, False), (False, True), (True, False))} <= set(dtypes)
 
 
 def test_grid_grows_beyond_a_best_rate_at_its_edge():

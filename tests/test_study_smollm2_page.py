@@ -86,6 +86,10 @@ def test_page_of_partial_results_says_what_is_missing():
     found = page.tables(partial)
     assert "| finished | 40 |" in found["state"]
     assert "`erc-float32` 16" in found["state"]
+    assert "without bfloat16 instructions" not in found["state"]
+    name = next(iter(partial))
+    emulated = page.state_table(partial | {name: partial[name] | {"products": "float32"}})
+    assert "without bfloat16 instructions | 1 |" in emulated
     assert "`ppo-clip` 22" in found["state"]
     assert "**" in found["arms at the common rate"]
     assert found["arms at own rates"] == "Not run yet."

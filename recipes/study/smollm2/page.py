@@ -300,6 +300,8 @@ def state_table(results: Results) -> str:
     rows: list[tuple[object, ...]] = [("finished", len(done)), ("missing, at least", len(missing))]
     if broken := [name for name, result in results.items() if failed(result)]:
         rows.insert(1, ("ended with an error", ", ".join(f"`{name}`" for name in broken)))
+    if emulated := sum("products" in result for result in done.values()):
+        rows.append(("of the finished, on a processor without bfloat16 instructions", emulated))
     if seconds:
         each = statistics.fmean(seconds) / 60
         rows += [

@@ -27,7 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from arms import ARMS, BASE, BEST, CRITIC_ADAPTER, MODEL, PASS_AT, Results, Run, failed
+from arms import ARMS, BASE, BEST, CRITIC_ADAPTER, MODEL, PASS_AT, TRAINING, Results, Run, failed
 from datasets import disable_progress_bars
 from peft import LoraConfig
 from plan import make_config, plan, remaining, settings_of
 from probes import MeasuringAsyPPOTrainer, MeasuringTrainer
 from problems import STUDY_TASKS, answer_statistics, load_tokenizer, make_reward, pass_at
+from products import Float32Products, has_bfloat16_products
 from run import append_result, keep_memory, measured, read_results, share_of, show_beside
 from torch import nn
 from tqdm import tqdm
@@ -82,10 +83,12 @@ def train(run: Run, model: str, settings: dict[str, Any]) -> tuple[dict[str, Any
         policy: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         numbers: dict[str, Any] = {}
     else:
-        trainer = _trained(run, model, [_kept(make_reward(tokenizer), samples)], settings)
+        emulated = settings.get("bf16", TRAINING["bf16"]) and not has_bfloat16_products()
+        with Float32Products() if emulated else nullcontext():
+            trainer = _trained(run, model, [_kept(make_reward(tokenizer), samples)], settings)
         # without the wrapper that has a trained policy compute in bfloat16
         policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        numbers = measured(trainer)
+        numbers = ({"products": "float32"} if emulated else {}) | measured(trainer)
         samples = samples[-len(numbers["reward"]) :]  # without those of critics' warm-up
     probabilities, entropy = answer_statistics(policy.eval(), tokenizer, task.load("test"))
     numbers |= {
