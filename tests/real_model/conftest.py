@@ -4,7 +4,9 @@ Where its package is not installed, the tests of this folder are skipped.
 """
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tests.ppo.conftest import make_ppo, make_scorer, prompts  # noqa: F401, fixtures for this folder too
 from tests.vllm.conftest import engine, make_vllm_trainer  # noqa: F401
 from trl_entropy.pretrained import SMOLLM2, resolve_model
+from trl_entropy.recipes import recipes_dir
+
+sys.path.append(str(recipes_dir() / "study"))
+from products import Float32Products, has_bfloat16_products
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"bf16": False},
@@ -37,6 +43,16 @@ SCHEDULE: dict[str, Any] = {
     "lr_scheduler_type": "constant",
 }
 """Rollouts of two groups of four completions for two optimizer steps each: a whole one and half of the next."""
+
+
+@pytest.fixture
+def quick_bfloat16() -> Iterator[None]:
+    """Where the processor has no instructions for it, bfloat16 by way of float32, in a fraction of the time.
+
+    For tests that compare nothing with another process or thread, which does without.
+    """
+    with nullcontext() if has_bfloat16_products() else Float32Products():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from trl_entropy.controls import CONTROLS
 
 from .conftest import KINDS, check_entries
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("quick_bfloat16")]
 
 ELSEWHERE = {"erc", "ce_gppo", "asyppo", "epo", "positive_nll"}
 """Prefixes of the controls of `test_training.py`."""

@@ -12,7 +12,7 @@ from tests.trainers.test_grpo import assert_same_weights, logged, weights
 
 from .conftest import POLICIES, PRECISIONS
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("quick_bfloat16")]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

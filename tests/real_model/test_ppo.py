@@ -12,7 +12,7 @@ from .conftest import KINDS, LORA, check_entries
 
 pytest.importorskip("trl.experimental.ppo", reason="trl.experimental.ppo is in TRL 1.12 alone")
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("quick_bfloat16")]
 
 CONTROLS = {
     "erc_low": 0.95,

@@ -13,7 +13,7 @@ from tests.trainers.test_rloo import CONTROLLED, OURS, WITH_EPO
 from .conftest import KINDS, SCHEDULE, check_entries
 from .test_training import TOLERANCE, Observer
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("quick_bfloat16")]
 
 EPSILONS = {"epsilon": 0.1, "epsilon_high": 0.2}
 ROLLOUT = SCHEDULE["steps_per_generation"]

@@ -22,7 +22,7 @@ from trl_entropy import AsyPPOConfig, AsyPPOTrainer
 
 from .conftest import LORA, POLICIES, PRECISIONS, SCHEDULE
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("quick_bfloat16")]
 
 EPO_COEF, EPO_PENALTY, KAPPAS, EPO_BETAS = 0.05, 0.1, (0.8, 1.2), (2.0, 1 + math.exp(-3.0))
 ERC = {"erc_low": 0.95, "erc_high": 1.05}
