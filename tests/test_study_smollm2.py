@@ -185,29 +185,6 @@ def test_held_out_problems_are_measured_in_float32(model, monkeypatch):
     assert seen == [torch.float32]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_products_are_summed_in_float32_and_rounded_once(dtype):
-    torch.manual_seed(0)
-    a, b, c = (torch.randn(7, 7).to(dtype) for _ in range(3))
-    out = torch.empty(7, 7, dtype=dtype)
-    exact = (a.double() @ b.double()).to(dtype)
-    with products.Float32Products():
-        found = [a @ b, torch.mm(a, b, out=out), out, torch.bmm(a[None], b[None])[0], torch.addmm(0 * c, a, b)]
-        biased = torch.nn.functional.linear(a, b, c[0])
-    for made in found:
-        torch.testing.assert_close(made, exact)
-        assert made.dtype == dtype
-    torch.testing.assert_close(biased, (a.double() @ b.double().T + c[0].double()).to(dtype))
-
-
-def test_products_do_not_change_those_of_float32():
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 40, 40)
-    with products.Float32Products():
-        found = a @ b
-    assert torch.equal(found, a @ b)
-
-
 @pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("arm", ["erc-bf16", "asyppo", "erc-float32"])
 def test_bfloat16_without_instructions_is_computed_in_float32_and_said(arm, instructions, model, monkeypatch):
@@ -250,6 +227,20 @@ def test_plan_has_every_run_once_in_the_registered_order():
         assert f"sums/{arm}/1e-05/{seed}" in names
     shares = [plan.remaining({}, train._share(f"{index}/2")) for index in (1, 2)]
     assert sorted(run.name for share in shares for run in share) == sorted(names)
+
+
+def test_more_seeds_at_the_common_rate_come_last():
+    results, order = {}, []
+    for run in plan.plan(results):
+        if run.name not in results:
+            order.append(run)
+            better = 2e-5 if run.arm in ("erc", "best") else 1e-5
+            results[run.name] = fake(run) | {"reward": [float(run.learning_rate == better)] * 12}
+    last = order[-10:]
+    assert {(run.arm, run.learning_rate, run.seed) for run in last} == set(
+        product(("erc", "best"), (1e-5,), arms.MORE_SEEDS)
+    )
+    assert order[-11].task == "letters"
 
 
 def test_the_arms_that_earlier_runs_choose(monkeypatch):

@@ -123,12 +123,13 @@ def plan(results: Results, arms: Sequence[str] = (BASE, *ARMS, BEST)) -> Iterato
         yield from (Run(TASK, arm, MIDDLE_RATE, seed) for seed in SEEDS for arm in chosen)
         yield from _tuned(TASK, chosen, SEEDS, results)
     decisive = [arm for arm in (*DECISIVE, extra_arm(results)) if arm in arms]
-    yield from (Run(TASK, arm, MIDDLE_RATE, seed) for seed in MORE_SEEDS for arm in decisive)
     yield from _tuned(TASK, decisive, MORE_SEEDS, results)
     if BEST in arms and best_pair(results):
-        yield from (Run(TASK, BEST, MIDDLE_RATE, seed) for seed in (*SEEDS, *MORE_SEEDS))
+        yield from (Run(TASK, BEST, MIDDLE_RATE, seed) for seed in SEEDS)
         yield from _tuned(TASK, [BEST], (*SEEDS, *MORE_SEEDS), results)
+        decisive.append(BEST)
     yield from _tuned(SECOND_TASK, [arm for arm in MAIN if arm in arms], SEEDS, results)
+    yield from (Run(TASK, arm, MIDDLE_RATE, seed) for seed in MORE_SEEDS for arm in decisive)  # these decide nothing
 
 
 def _tuned(task: str, arms: list[str], seeds: tuple[int, ...], results: Results) -> Iterator[Run]:
