@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_entropy.recipes import recipes_dir
 
 sys.path.append(str(recipes_dir() / "study"))
-from products import Float32Products
+from products import PRODUCTS, Float32Products
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -32,3 +33,19 @@ def test_products_do_not_change_those_of_float32():
     with Float32Products():
         found = a @ b
     assert torch.equal(found, a @ b)
+
+
+def test_what_is_computed_is_float32_and_its_gradients_too():
+    computed = []
+
+    class Computed(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in PRODUCTS:
+                computed.append(args[-1].dtype)
+            return func(*args, **(kwargs or {}))
+
+    a, b = (torch.randn(3, 3, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with Computed(), Float32Products():
+        (a @ b).sum().backward()
+    assert computed == [torch.float32] * 3
+    assert a.grad.dtype == torch.bfloat16
