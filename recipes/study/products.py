@@ -33,5 +33,5 @@ class Float32Products(TorchDispatchMode):
 
 
 def has_bfloat16_products() -> bool:
-    """Whether the processor has instructions for them."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether PyTorch has a quick way to compute them on this processor (on x86-64, with AVX-512)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
