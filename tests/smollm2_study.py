@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 MODULES = ("arms", "compare", "curves", "page", "paired", "plan", "problems", "products", "registered", "train")
 modules = map(importlib.import_module, MODULES)
 arms, compare, curves, page, paired, plan, problems, products, registered, train = modules
+first_rollout = importlib.import_module("first_rollout")
 
 
 def fake(run, **others):

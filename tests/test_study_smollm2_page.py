@@ -4,9 +4,23 @@ import random
 import re
 import warnings
 
+import pyarrow as pa
 import pytest
 
-from tests.smollm2_study import STUDY, arms, compare, curves, fake, page, paired, plan, train, whole_results
+from tests.smollm2_study import (
+    STUDY,
+    arms,
+    compare,
+    curves,
+    fake,
+    first_rollout,
+    page,
+    paired,
+    plan,
+    train,
+    whole_results,
+)
+from trl_entropy.telemetry.record import TokenRecord
 
 
 def test_numbers_that_are_none_are_left_out():
@@ -142,6 +156,38 @@ def test_page_has_the_tables_of_the_results():
     for name in ("curves", "effects"):
         assert f"({name}.png)" in text
         assert (STUDY / f"{name}.png").is_file()
+
+
+def test_tokens_of_the_first_rollout_are_counted_by_hand():
+    # a sampled token of the first step, one of a whole completion, one without advantage; then those that count
+    rows = [(1, False, 1.0, 0.0, 9.0), (2, True, 1.0, 0.0, 9.0), (2, False, 0.0, 0.0, 9.0)]
+    rows += [(2, False, 1.0, 1.1, 1.1), (3, False, 2.0, 0.0, 0.4), (8, False, 1.0, 0.0, 0.5)]
+    rows += [(2, False, -1.0, -0.9, 0.9)]
+    names = ("step", "whole", "A", "gradient", "ratio")
+    record = TokenRecord(pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))), {})
+    assert first_rollout.counts(record) == {
+        "rewarded": {"tokens": 3, "dropped": 2, "ratio": 0.5},
+        "others": {"tokens": 1, "dropped": 0, "ratio": 0.9},
+    }
+
+
+def test_page_has_the_table_of_the_first_rollout():
+    counted = train.read_results(first_rollout.COUNTED)
+    made = first_rollout.first_rollout_table(counted, train.read_results(train.RESULTS))
+    text = (STUDY / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- {first_rollout.MARKER} -->\n{made}\n<!-- end -->" in text
+    for seed in arms.SEEDS:  # the arms see the same completions
+        found = [counted[f"sums/{arm}/1e-05/{seed}"] for arm in first_rollout.COMPARED]
+        assert len({(one["rewarded"]["tokens"], one["others"]["tokens"]) for one in found}) == 1
+    # what the page says of the rollouts after it
+    rewards = {arm: [_rewards(arm, seed) for seed in (2, 3, 4)] for arm in ("ppo-clip", "erc")}
+    highest = {arm: [round(max(found[1:4]), 2) for found in rewards[arm]] for arm in rewards}
+    assert highest == {"ppo-clip": [0.08, 0.81, 0.16], "erc": [0.02, 0.02, 0.02]}
+    assert max(max(found[1:]) for found in rewards["erc"][1:]) == 0.25
+
+
+def _rewards(arm, seed):
+    return train.read_results(train.RESULTS)[f"sums/{arm}/1e-05/{seed}"]["reward"]
 
 
 def test_runs_begin_as_the_shorter_or_longer_ones_that_were_set_aside():

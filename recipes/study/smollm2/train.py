@@ -83,12 +83,10 @@ def train(run: Run, model: str, settings: dict[str, Any]) -> tuple[dict[str, Any
         policy: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         numbers: dict[str, Any] = {}
     else:
-        emulated = settings.get("bf16", TRAINING["bf16"]) and not has_bfloat16_products()
-        with Float32Products() if emulated else nullcontext():
-            trainer = _trained(run, model, [_kept(make_reward(tokenizer), samples)], settings)
+        trainer = trained(run, model, [_kept(make_reward(tokenizer), samples)], settings)
         # without the wrapper that has a trained policy compute in bfloat16
         policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        numbers = ({"products": "float32"} if emulated else {}) | measured(trainer)
+        numbers = ({"products": "float32"} if _emulated(settings) else {}) | measured(trainer)
         samples = samples[-len(numbers["reward"]) :]  # without those of critics' warm-up
     probabilities, entropy = answer_statistics(policy.eval(), tokenizer, task.load("test"))
     numbers |= {
@@ -100,7 +98,8 @@ def train(run: Run, model: str, settings: dict[str, Any]) -> tuple[dict[str, Any
     return {"run": run.name, **numbers, **{name: round(value, 1) for name, value in times.items()}}, samples
 
 
-def _trained(run: Run, model: str, rewards: list[Callable[..., Any]], settings: dict[str, Any]) -> MeasuringTrainer:
+def trained(run: Run, model: str, rewards: list[Callable[..., Any]], settings: dict[str, Any]) -> MeasuringTrainer:
+    """The trainer of a run, after it; arguments as of `train`, which has its rewards from the task."""
     task = STUDY_TASKS[run.task]
     arguments = {
         "model": AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
@@ -112,6 +111,7 @@ def _trained(run: Run, model: str, rewards: list[Callable[..., Any]], settings: 
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+        stack.enter_context(Float32Products() if _emulated(settings) else nullcontext())
         args = make_config({"output_dir": folder} | settings)
         if isinstance(args, AsyPPOConfig):
             critics = {"critics": model, "critic_peft_config": LoraConfig(**CRITIC_ADAPTER)}
@@ -121,6 +121,10 @@ def _trained(run: Run, model: str, rewards: list[Callable[..., Any]], settings: 
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return trainer
+
+
+def _emulated(settings: dict[str, Any]) -> bool:
+    return settings.get("bf16", TRAINING["bf16"]) and not has_bfloat16_products()
 
 
 def _kept(reward: Callable[..., Any], samples: list[list[str]]) -> Callable[..., Any]:
