@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from trl import ModelConfig
 
 from trl_entropy import AsyPPOConfig, EntropyGRPOConfig
@@ -19,6 +20,18 @@ RECIPES = [name for name in recipe_names() if "/" not in name]  # the others say
 KLEAR = [name for name in RECIPES if re.match("(erc|ce-gppo)-r1-distill-qwen-", name)]
 PRETRAINED = [name for name in RECIPES if SMOLLM2 in name]
 ASYPPO = [name for name in RECIPES if name.startswith("asyppo-")]
+SETTINGS = {name: yaml.safe_load(recipe_path(name).read_text(encoding="utf-8")) for name in RECIPES}
+COLOCATED = [name for name in RECIPES if SETTINGS[name].get("vllm_mode") == "colocate"]
+BILLIONS = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": 1.78,
+    "DeepSeek-R1-Distill-Qwen-7B": 7.62,
+    "Qwen2.5-3B-Instruct": 3.09,
+    "Qwen2.5-7B-Instruct": 7.62,
+    "Qwen3-4B-Base": 4.02,
+    "Qwen3-8B-Base": 8.19,
+    "Qwen3-14B-Base": 14.77,
+}
+"""Parameters, as the models' pages have them."""
 
 
 def header(name: str) -> str:
@@ -146,6 +159,16 @@ def test_pretrained_model_in_float32_with_eight_updates_a_rollout(name: str, tmp
     assert isinstance(config, AsyPPOConfig) == bool(script.critics) == ("asyppo" in name)
     controls = ("erc", config.erc_enabled), ("ce-gppo", config.ce_gppo_enabled), ("epo", config.epo_enabled)
     assert all(enabled == (control in name) for control, enabled in controls)
+
+
+@pytest.mark.parametrize("name", COLOCATED)
+def test_vllms_share_of_a_gpu_holds_its_weights(name: str) -> None:
+    """By calculation, in bfloat16, beside 3 GiB of working space, on the smallest card of the header's size."""
+    recipe, card = SETTINGS[name], 22.0 if name.endswith("24gb") else 79.0
+    billions = BILLIONS[recipe["model_name_or_path"].partition("/")[2]]
+    weights = 2e9 * billions / 2**30 / recipe.get("vllm_tensor_parallel_size", 1)
+    assert weights + 3.0 < recipe["vllm_gpu_memory_utilization"] * card
+    assert processes(name) % recipe.get("vllm_tensor_parallel_size", 1) == 0
 
 
 def test_without_critics_the_trainer_is_not_asyppos(tmp_path: Path) -> None:

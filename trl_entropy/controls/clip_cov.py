@@ -243,6 +243,6 @@ CLIP_COV = Control(
         ),
     ),
     rules=(nothing_between_the_bounds,),
-    remedies=(("entropy_collapse", "clip_cov_fraction=0.0002"),),
+    remedies=(("entropy_collapse", "clip_cov_fraction=0.0002 with epsilon=1"),),
     drops=(("clip_cov/clip_fraction",), "a smaller clip_cov_fraction"),
 )

@@ -304,6 +304,6 @@ EPO = Control(
     ),
     remedies=(
         ("entropy_collapse", "epo_coef=0.001"),
-        ("entropy_oscillation", "epo_coef=0.001, which smooths the entropy against its history"),
+        ("entropy_oscillation", "epo_coef=0.02 with epo_penalty=2 (those published, 0.001 and 0.1, smooth less)"),
     ),
 )

@@ -117,4 +117,5 @@ COEFFICIENT = Control(
             "bounds or stays as set.",
         ),
     ),
+    remedies=(("entropy_collapse", "target_entropy with target_entropy_by='coefficient'"),),
 )

@@ -73,7 +73,8 @@ def entropy_collapse(log_history: LogHistory) -> Finding | None:
     return Finding(
         "entropy_collapse",
         f"Entropy collapse: {start:.3g} nats at the start, {now:.3g} now. Little is explored any more.",
-        f"Try {_remedies('entropy_collapse')}, a larger epsilon_high (DAPO: 0.28), or a smaller learning_rate.",
+        f"Try {_remedies('entropy_collapse')}, a KL penalty (beta), a larger epsilon_high (DAPO: 0.28), or a smaller "
+        "learning_rate.",
     )
 
 
@@ -88,8 +89,8 @@ def entropy_explosion(log_history: LogHistory) -> Finding | None:
     return Finding(
         "entropy_explosion",
         f"Entropy explosion: {start:.3g} nats at the start, {now:.3g} now. The policy is coming apart.",
-        f"Try {_remedies('entropy_explosion')}, a smaller learning_rate, fewer optimizer steps per rollout "
-        "(steps_per_generation), or a smaller entropy_coef, epo_coef or ce_gppo_alpha2.",
+        "Try a smaller learning_rate, fewer optimizer steps per rollout (steps_per_generation), a smaller "
+        f"entropy_coef, epo_coef or ce_gppo_alpha2, or {_remedies('entropy_explosion')}.",
     )
 
 

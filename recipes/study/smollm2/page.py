@@ -82,15 +82,16 @@ class Symptom:
 
 
 COLLAPSES = "Entropy collapses while the reward rises"
-LOST = "pass@32 falls: answers the model had are lost"
+LOST = "pass@32 stops too low"
 SLOW, LOW = "The reward rises too slowly", "The reward stops too low"
 CE_GPPO, ERC = (
     "`ce_gppo_alpha1: 0.75`, `ce_gppo_alpha2: 1`",
     "`erc_low: 0.95`, `erc_high: 1.05`, `cast_lm_head_to_fp32`",
 )
-STEERED, TOO_FAR = "`use_adaptive_entropy`, `entropy_target: 0.5`", "The policy moves too far in a rollout"
+STEERED, TOO_FAR = "`target_entropy: 0.5`, `target_entropy_by: coefficient`", "The policy moves too far in a rollout"
 SYMPTOMS = (
     Symptom(COLLAPSES, EQUAL_REWARD, "adaptive-entropy", STEERED),
+    Symptom(COLLAPSES, EQUAL_REWARD, "kl", "`beta: 0.1`"),
     Symptom(COLLAPSES, EQUAL_REWARD, "clip-higher", "`epsilon_high: 0.28`"),
     Symptom(COLLAPSES, EQUAL_REWARD, "stare", "`stare_target_entropy: 0.5`"),
     Symptom(LOST, "pass@32", "adaptive-entropy", STEERED),
