@@ -175,17 +175,23 @@ def rows() -> list[Row]:
 
 
 class TimedProbe(RoundingProbe):
-    """Keeps how much processor time each pass took."""
+    """Keeps how long each pass took: processor time, on a GPU its own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, measured_steps=(), **kwargs)
         self.seconds: list[float] = []
 
     def forward_pass(self, rollout: dict[str, Any], batch_size: int | None = None) -> Pass:
-        started = time.process_time()
+        started = self._now()
         found = super().forward_pass(rollout, batch_size)
-        self.seconds.append(time.process_time() - started)
+        self.seconds.append(self._now() - started)
         return found
+
+    def _now(self) -> float:
+        if self.accelerator.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 class ExactProbe(TimedProbe):

@@ -16,6 +16,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,7 +188,8 @@ def step(trainer: GRPOTrainer, arm: str, batch: dict, optimizer: torch.optim.Opt
     return time.perf_counter() - start, peak_memory(on_gpu)
 
 
-def measure(name: str, rounds: int, device: str) -> list[dict]:
+def measure(name: str, rounds: int, device: str, so_far: Callable[[list[dict]], None] | None = None) -> list[dict]:
+    """The rows of a size; `so_far` is called with those of every round from the second on."""
     size = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(size, folder, device)
@@ -195,17 +197,19 @@ def measure(name: str, rounds: int, device: str) -> list[dict]:
     trainer.current_gradient_accumulation_steps = 1
     batch = make_rollout(trainer, size)
     # a learning rate of 0: every arm steps from the same weights, at the cost of a full optimizer step
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.0, weight_decay=0.0)
+    # on a GPU fused, as in transformers: the temporary tensors of the other would be the peak, and hide a control's
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.0, weight_decay=0.0, fused=device == "cuda")
     results: dict[str, list[tuple[float, int]]] = {arm: [] for arm in ARMS}
-    order = random.Random(0)
+    parameters, order = sum(parameter.numel() for parameter in trainer.model.parameters()), random.Random(0)
     for index in range(rounds + 2):
         for arm in order.sample(list(ARMS), len(ARMS)):
             result = step(trainer, arm, batch, optimizer)
             if index >= 2:
                 results[arm].append(result)
         print(f"\r{name}: round {max(index - 1, 0)}/{rounds}", end="", flush=True)
+        if so_far and index >= 3:
+            so_far([row(name, size, parameters, arm, results) for arm in ARMS])
     print()
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return [row(name, size, parameters, arm, results) for arm in ARMS]
 
 

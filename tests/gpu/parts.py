@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from tests.gpu.book import Book
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS, STUDY = ROOT / "tests/benchmarks", ROOT / "recipes/study"
+SECONDS = {"asyppo": 250}
+"""That an arm takes at first, by estimate, where that is more than 100."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Recorder:
         self._book = book
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        self._book.expect(len(items))
         items[:] = [item for item in items if not self._book.has(_name(item.nodeid))]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -69,7 +73,9 @@ def _tests(file: str, tried: str) -> Callable[[Book, bool], None]:
         chosen = ["-k", tried] if dry_run else []
         os.environ["GPU_TESTS_ON"] = "cpu" if dry_run else "cuda"
         arguments = [str(ROOT / "tests/gpu" / file), "-q", "-p", "no:cacheprovider", "--tb=short", *chosen]
-        pytest.main(arguments, plugins=[Recorder(book)])
+        code = pytest.main(arguments, plugins=[Recorder(book)])
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+            raise SystemExit(f"pytest: {code!r}")
 
     return make
 
@@ -78,7 +84,11 @@ def overhead(book: Book, dry_run: bool) -> None:
     """One optimizer step with each control against TRL's own, as `tests/benchmarks/step_overhead.py` measures it."""
     benchmark = _script(BENCHMARKS, "step_overhead")
     size, rounds = ("tiny", 2) if dry_run else ("r1-distill-1.5b", 15)
-    book.make(size, lambda: {"rows": benchmark.measure(size, rounds, _device(dry_run))})
+
+    def so_far(rows: list[dict[str, Any]]) -> None:
+        book.keep(size, {"rows": rows, "failed": f"stopped after {rows[0]['rounds']} of {rounds} rounds"})
+
+    book.make(size, lambda: {"rows": benchmark.measure(size, rounds, _device(dry_run), so_far)})
 
 
 def critics(book: Book, dry_run: bool) -> None:
@@ -99,7 +109,8 @@ def critics(book: Book, dry_run: bool) -> None:
 def rounding(book: Book, dry_run: bool) -> None:
     """The rows of `recipes/study/rounding.py`, SmolLM2's first, and those of TF32."""
     study, tf32 = _script(STUDY, "rounding"), importlib.import_module("tests.gpu.tf32")
-    study.SCRATCH = book.folder / "rounding"  # not where the rows of a CPU are kept
+    card = "".join(filter(str.isalnum, book.machine["device"]))
+    study.SCRATCH = book.folder / f"rounding-{card}"  # not where the rows of a CPU are kept
     rows = [*study.rows(), *(tf32.TF32Row("SmolLM2", "TF32", temperature) for temperature in (1.0, 0.6))]
     if dry_run:
         from tests.gpu.smollm2 import tiny
@@ -113,18 +124,22 @@ def rounding(book: Book, dry_run: bool) -> None:
 
 
 def arms(book: Book, dry_run: bool) -> None:
-    """The methods on SmolLM2-135M, at 512 completions a rollout, seed by seed."""
+    """The methods on SmolLM2-135M, at 512 completions a rollout, seed by seed; none is begun that would not end."""
     from tests.gpu.smollm2 import ARMS, train_arm
 
     names, seeds = (["ppo-clip", "erc"], 1) if dry_run else (list(ARMS), 10)
+    deadline = time.monotonic() + float(os.environ.get("PART_SECONDS", "inf"))
     for seed in range(seeds):
         for name in names:
+            took = [item["took_seconds"] for key, item in book.items.items() if key.startswith(f"{name}/")]
+            if not dry_run and time.monotonic() + max(took, default=SECONDS.get(name, 100)) > deadline:
+                continue
             book.make(f"{name}/{seed}", lambda name=name, seed=seed: train_arm(name, seed, dry_run))
 
 
 PARTS = {
     "exactness": Part(_tests("test_exactness.py", "erc and token and dapo or without"), 4),
-    "heads": Part(_tests("test_heads.py", "tiny and fused"), 2),
+    "heads": Part(_tests("test_heads.py", "tiny and fused"), 4),
     "overhead": Part(overhead, 5),
     "critics": Part(critics, 5),
     "rounding": Part(rounding, 5),

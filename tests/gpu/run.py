@@ -22,6 +22,12 @@ DEFAULT_FOLDER = Path("runs/gpu")
 TABLE, LOG = "table.md", "log.txt"
 GRACE = 5.0
 """Seconds that a part has to leave on its own."""
+TOLD = 2000
+"""Last bytes of the log that are printed of a part that fails."""
+ARITHMETIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""What CUDA needs to add in a fixed order."""
+OTHER_ARITHMETIC = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
+"""Variables of a machine that would decide whether float32 is float32."""
 
 
 def command(name: str, folder: Path, dry_run: bool) -> list[str]:
@@ -32,6 +38,9 @@ def command(name: str, folder: Path, dry_run: bool) -> list[str]:
 def run_part(name: str, folder: Path, seconds: float, dry_run: bool) -> str:
     """Make a part for at most that long; what became of it."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    environment |= {"PART_SECONDS": str(seconds), **ARITHMETIC}
+    for name_of_other in OTHER_ARITHMETIC:
+        environment.pop(name_of_other, None)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     with open(folder / LOG, "ab") as log:
         log.write(f"=== {name}\n".encode())
@@ -49,7 +58,10 @@ def run_part(name: str, folder: Path, seconds: float, dry_run: bool) -> str:
             return "out of time"
         finally:
             _end(process)
-    return "finished" if code == 0 else f"exit status {code}"
+    if code == 0:
+        return "finished"
+    print((folder / LOG).read_bytes()[-TOLD:].decode(errors="replace"), flush=True)
+    return f"exit status {code}"
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -99,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         (options.folder / TABLE).write_text(shown, encoding="utf-8")
         hand_over(options.folder)
         print(shown)
+    if any(how.startswith("exit status") for how in ended.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

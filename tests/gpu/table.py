@@ -99,6 +99,8 @@ def part_lines(name: str, content: dict[str, Any]) -> list[str]:
     failed = {item: found["failed"].strip().splitlines()[-1] for item, found in items.items() if "failed" in found}
     shown = items if LINES[name] is tests_lines else {key: i for key, i in items.items() if key not in failed}
     told = LINES[name](shown) if shown else [NOT_YET] * (not failed)
+    if shown and (missing := content.get("expected", len(items)) - len(items)):
+        told[0] += f", {missing} not run"
     return [*told, *(f"FAILED {item}: {why[:150]}" for item, why in failed.items())]
 
 

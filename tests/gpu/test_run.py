@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
-from tests.gpu import pack, run, smollm2, table
+from tests.gpu import pack, parts, run, smollm2, table
 from tests.gpu.book import Book, read
 
 MACHINE = {"device": "NVIDIA Card 1", "torch": "2"}
@@ -70,7 +72,7 @@ def test_a_part_that_fails_or_hangs_loses_no_other(
     write = f"import sys; open(sys.argv[1], 'w').write({json.dumps(content)!r})"
     scripts = {
         "exactness": (SLEEPER.format(CHILD), started),
-        "heads": ("raise SystemExit(3)", ""),
+        "heads": ("print('what was wrong'); raise SystemExit(3)", ""),
         "overhead": (write, tmp_path / "run/overhead.json"),
         "critics": ("", ""),
     }
@@ -79,11 +81,13 @@ def test_a_part_that_fails_or_hangs_loses_no_other(
     monkeypatch.setattr(run, "PARTS", {name: run.PARTS[name].__class__(print, 3 / 60) for name in scripts})
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     began = time.monotonic()
-    run.main(["--parts", *scripts, "--folder", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="1"):
+        run.main(["--parts", *scripts, "--folder", str(tmp_path / "run")])
     assert time.monotonic() - began < 20
     assert started.read_text(encoding="utf-8") == "on"
     assert "time.sleep" not in running()
     shown = capsys.readouterr().out
+    assert "what was wrong\n\nheads: exit status 3" in shown
     assert "| exactness (out of time) | not measured yet |" in shown
     assert "| heads (exit status 3) | not measured yet |" in shown
     assert "| overhead | all: 1.000 s, time 1.010 (1.000 to 1.020), memory 1.000 (aims: 1.02, 1.01) |" in shown
@@ -102,6 +106,26 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:  # it has ended
         return ""
+
+
+def test_no_arm_is_begun_that_would_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(smollm2, "train_arm", lambda name, *_: begun.append(name) or {})
+    book = Book(tmp_path / "arms.json", MACHINE)
+    for seconds, seeds in ((90, 0), (200, 10)):
+        monkeypatch.setenv("PART_SECONDS", str(seconds))
+        parts.arms(book, False)
+        assert begun.count("erc") == seeds
+        assert "asyppo" not in begun
+    monkeypatch.setenv("PART_SECONDS", "300")
+    parts.arms(book, False)
+    assert begun.count("asyppo") == 10
+
+
+def test_tests_that_cannot_be_collected_fail_the_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    book = Book(tmp_path / "heads.json", MACHINE)
+    with pytest.raises(SystemExit, match="pytest: "):
+        parts._tests("test_that_is_not_there.py", "")(book, True)
 
 
 def test_no_part_begins_after_the_last_minute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,6 +175,14 @@ def test_a_card_has_one_file_of_results(tmp_path: Path) -> None:
     shown = (results / "README.md").read_text(encoding="utf-8")
     assert "| exactness | 1 of 1 hold, 0 skipped; largest error 1.0e-07 of 1.0e-05 (test[a]) |" in shown
     assert "| arms | not measured yet |" in shown
+    book = Book(folder / "heads.json", MACHINE)
+    book.expect(3)
+    book.keep("test[a]", {"skipped": "no Liger"})
+    book.make("test[a]", lambda: {"error": 1e-7, "tolerance": 1e-5})  # what was skipped is made again
+    table.main([str(folder), "--results", str(results)])
+    shown = (results / "README.md").read_text(encoding="utf-8")
+    assert "| heads | 1 of 1 hold, 0 skipped; largest error 1.0e-07 of 1.0e-05 (test[a]), 2 not run |" in shown
+    (folder / "heads.json").unlink()
     with pytest.raises(SystemExit, match="has the results of 0 cards"):
         table.main([str(tmp_path), "--results", str(results)])
 
@@ -174,6 +206,25 @@ def test_weights_are_joined_once_all_pieces_are_there(tmp_path: Path) -> None:
     (arrived / pieces[2].name).write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"):
         pack.join(arrived, tmp_path / "joined")
+
+
+def test_what_is_carried_needs_nothing_that_is_not_there() -> None:
+    """As far as it is installed here."""
+    pytest.importorskip("reasoning_gym")
+    carried, needed = {*pack.WHEELS, *pack.FROM_SOURCE}, {}
+    for name in carried - {"liger-kernel"}:  # of torch and triton
+        for one in map(Requirement, metadata.requires(name) or []):
+            if one.marker is None or one.marker.evaluate({"extra": "", "python_version": pack.PYTHON}):
+                needed[one.name.lower().replace("_", "-")] = name
+    assert {"datasets", "drawsvg", "numpy"} <= set(needed)
+    assert not set(needed) - carried - {*pack.THERE, *pack.NOT_CARRIED}
+
+
+def test_a_package_that_is_missing_shows_at_once(tmp_path: Path) -> None:
+    (tmp_path / "carried.py").write_text("import pycosat\n", encoding="utf-8")
+    pack.check(tmp_path, "carried, datasets")
+    with pytest.raises(subprocess.CalledProcessError):
+        pack.check(tmp_path, "carried, not_carried")
 
 
 def test_versions_are_those_of_ci() -> None:

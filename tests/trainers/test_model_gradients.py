@@ -4,7 +4,8 @@ At every optimizer step the policy is copied to float64, its log-probs and entro
 the gradients of `tests/reference.py` with respect to its parameters are compared with the trainer's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
+from transformers.models.qwen2 import modeling_qwen2
 
 from tests import reference
 from tests.conftest import parity_reward
@@ -33,6 +35,24 @@ ALL_CONTROLS = {
 }
 
 
+OWN_LAYERS = {name: getattr(modeling_qwen2, name) for name in ("apply_rotary_pos_emb", "Qwen2MLP", "Qwen2RMSNorm")}
+
+
+class TooClose(AssertionError):
+    """A token is too close to a bound to compare: choose another seed."""
+
+
+@contextmanager
+def transformers_own_layers() -> Iterator[None]:
+    """Not Liger's, which take their place in the whole process and have no float64 on a CPU."""
+    now = {name: getattr(modeling_qwen2, name) for name in OWN_LAYERS}
+    vars(modeling_qwen2).update(OWN_LAYERS)
+    try:
+        yield
+    finally:
+        vars(modeling_qwen2).update(now)
+
+
 def float64_copy(model: torch.nn.Module) -> Qwen2ForCausalLM:
     copy = Qwen2ForCausalLM(model.config).double()
     copy.load_state_dict(model.state_dict())
@@ -51,12 +71,19 @@ def logps_and_entropies(model: torch.nn.Module, inputs: dict[str, Tensor]) -> tu
 
 
 class Observer:
-    """Stands in for `trainer.compute_loss`, and keeps what the trainer was given and what it made of it."""
+    """Stands in for `trainer.compute_loss`, and keeps what the trainer was given and what it made of it.
 
-    def __init__(self, trainer: Any, s: Settings) -> None:
-        self.trainer, self.settings = trainer, s
+    Args:
+        trainer: Not trained yet.
+        s: What its controls are set to.
+        margin: Least distance of a token from a bound, in ratios; above what float32 is off by.
+    """
+
+    def __init__(self, trainer: Any, s: Settings, margin: float = 1e-6) -> None:
+        self.trainer, self.settings, self.margin = trainer, s, margin
         self.compute_loss = trainer.compute_loss
-        self.rollout_policy = float64_copy(trainer.model)
+        with transformers_own_layers():
+            self.rollout_policy = float64_copy(trainer.model)
         self.entropy_errors: list[float] = []
         self.gradient_errors: list[float] = []
         self.fates: dict[str, int] = {}
@@ -66,13 +93,14 @@ class Observer:
     def __call__(self, model: torch.nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
         loss = self.compute_loss(model, inputs, **kwargs)
         names, parameters = zip(*model.named_parameters(), strict=True)
-        found = torch.autograd.grad(loss, parameters, retain_graph=True)
+        found = torch.autograd.grad(loss, parameters)
 
-        policy = float64_copy(model)
         inputs = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        b = self.batch(policy, inputs)
+        with transformers_own_layers():
+            policy = float64_copy(model)
+            b = self.batch(policy, inputs)
+            expected = torch.autograd.grad(reference.loss(b, self.settings), policy.parameters())
         self.entropy_errors.append(self.max_error(inputs["old_entropies"], b.entropy_old, b.mask))
-        expected = torch.autograd.grad(reference.loss(b, self.settings), policy.parameters())
         assert names == tuple(name for name, _ in policy.named_parameters())
         scale = torch.cat([g.flatten() for g in expected]).norm().item()
         errors = [(got.cpu() - want).norm().item() / scale for got, want in zip(found, expected, strict=True)]
@@ -80,7 +108,9 @@ class Observer:
         self.count_fates(b)
         short = (b.mask == 0).any(1)
         self.short_correct_completions += (short & (self.rewards(inputs) >= 1.0)).sum().item()
-        return loss
+        # the same value and gradients: a second pass through the loss would find what Liger's first one wrote over
+        again = sum((parameter * gradient).sum() for parameter, gradient in zip(parameters, found, strict=True))
+        return again + (loss - again).detach()
 
     @staticmethod
     def max_error(got: Tensor, want: Tensor | None, mask: Tensor) -> float:
@@ -123,11 +153,26 @@ class Observer:
             margins = [abs(rho - bound) for bound in s.erc] + [
                 abs(r - bound) for bound in (1 - s.eps_lo, 1 + s.eps_hi)
             ]
-            assert min(margins) > 1e-6, "A token is too close to a bound to compare: choose another seed."
+            if min(margins) <= self.margin:
+                raise TooClose(f"{min(margins)} from a bound: choose another seed.")
             fate = "low" if a < 0 and r < 1 - s.eps_lo else "high" if a > 0 and r > 1 + s.eps_hi else "inside"
             if not reference.keeps_gradient(b, s, i, t):
                 fate += ", gated"
             self.fates[fate] = self.fates.get(fate, 0) + 1
+
+
+def test_the_reference_has_transformers_own_layers(tiny_model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has taken their place in the process."""
+
+    def another(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("no float64 here")
+
+    for name in OWN_LAYERS:
+        monkeypatch.setattr(modeling_qwen2, name, another)
+    with transformers_own_layers():
+        policy = float64_copy(Qwen2ForCausalLM.from_pretrained(tiny_model_path))
+        assert policy(input_ids=torch.tensor([[3, 4]])).logits.dtype == torch.float64
+    assert modeling_qwen2.Qwen2MLP is another
 
 
 @pytest.mark.parametrize(("level", "loss_type"), [("token", "dapo"), ("sequence", "grpo")])
