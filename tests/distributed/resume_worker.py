@@ -17,7 +17,7 @@ def main() -> None:
     model, folder, *checkpoint = sys.argv[1:]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = build(model, f"{folder}/run", lora=False)
+        trainer = build(model, f"{folder}/run", "full")
         trainer.train(resume_from_checkpoint=checkpoint[0] if checkpoint else None)
     found = {
         "steps": trainer.state.global_step,

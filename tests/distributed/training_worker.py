@@ -1,6 +1,6 @@
 """Trains a tiny policy with every control, on the processes that this script is launched with.
 
-Six steps of all weights and six of LoRA, each with a checkpoint after the third, in the middle of a rollout; with
+Six steps of all weights, six of LoRA and six of all weights with critics that have a rollout of warm-up, each with a checkpoint after the third, in the middle of a rollout; with
 `--resume`, the last three of them from that checkpoint. Every process writes what it ended with.
 
     accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 --mixed_precision no \
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, TrainerState
 
 from tests.leave import leave
-from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
+from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 
 CONTROLS = {
     "erc_low": 0.95,
@@ -35,11 +35,12 @@ CONTROLS = {
     "positive_nll_coef": 0.1,
 }
 SCHEDULE = {"max_steps": 6, "per_device_train_batch_size": 4, "num_generations": 4, "steps_per_generation": 4}
-POLICIES = ("full", "lora")
+CRITICS = {"num_critics": 2, "critic_warmup_rollouts": 1, "critic_learning_rate": 0.01}
+POLICIES = ("full", "lora", "asyppo")
 PROMPTS = [f"{i}+{7 * i % 10}="[: 1 + i % 4] for i in range(16)]
 
 
-class Recorded(EntropyGRPOTrainer):
+class Recorded:
     """Keeps the completions that this process sampled, and what a checkpoint lacked when it was declared complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,16 +71,26 @@ class Recorded(EntropyGRPOTrainer):
         super()._save_rng_state(output_dir)
 
 
+class RecordedGRPO(Recorded, EntropyGRPOTrainer):
+    pass
+
+
+class RecordedAsyPPO(Recorded, AsyPPOTrainer):
+    pass
+
+
 def parity_reward(completions: list[str], **_: Any) -> list[float]:
     return [float(ord(text[0]) % 2) if text else 0.0 for text in completions]
 
 
-def build(model: str, output_dir: str, lora: bool) -> Recorded:
+def build(model: str, output_dir: str, policy: str) -> Any:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    args = EntropyGRPOConfig(
+    lora, critics = policy == "lora", policy == "asyppo"
+    args = (AsyPPOConfig if critics else EntropyGRPOConfig)(
         output_dir,
         **CONTROLS,
         **SCHEDULE,
+        **(CRITICS if critics else {}),
         # DeepSpeed takes two processes on a machine without a GPU for its own, if they are not declared to be on CPU
         **({"ddp_backend": "gloo"} if deepspeed else {"use_cpu": True}),
         bf16=False,
@@ -100,7 +111,7 @@ def build(model: str, output_dir: str, lora: bool) -> Recorded:
         # accelerate shards on accelerators only: it would call two CPU processes MULTI_CPU and use DDP
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     prompts = Dataset.from_dict({"prompt": PROMPTS})
-    return Recorded(
+    return (RecordedAsyPPO if critics else RecordedGRPO)(
         model,
         parity_reward,
         args,
@@ -108,6 +119,7 @@ def build(model: str, output_dir: str, lora: bool) -> Recorded:
         eval_dataset=prompts.select(range(2)),
         processing_class=PreTrainedTokenizerFast.from_pretrained(model),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        **({"critics": model} if critics else {}),
     )
 
 
@@ -128,7 +140,7 @@ def unsharded(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def run(model: str, folder: Path, policy: str, resume: bool) -> None:
     """Train and write `FOLDER/POLICY-whole-rankN.pt`, or `-resumed-`."""
     name = f"{policy}-{'resumed' if resume else 'whole'}"
-    trainer = build(model, str(folder / name), policy == "lora")
+    trainer = build(model, str(folder / name), policy)
     start = unsharded(dict(trainer.model.named_parameters()))
     trainer.train(resume_from_checkpoint=str(folder / f"{policy}-whole" / "checkpoint-3") if resume else None)
     parameters = dict(trainer.model.named_parameters())

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,3 +306,18 @@ def test_warm_up_leaves_the_controls_states_alone(make_trainer, tiny_model_path)
         weights.append("entropic/integral" in trainer.state.log_history[0])
     assert states == [1, 1]
     assert weights == [True, True]
+
+
+def test_processes_share_the_prompts_of_a_warm_up():
+    def rows(processes, rank):
+        trainer = SimpleNamespace(
+            train_dataset=list(range(50)),
+            args=SimpleNamespace(generation_batch_size=16),
+            num_generations=4,
+            accelerator=SimpleNamespace(num_processes=processes, process_index=rank),
+            _prompt_generator=torch.Generator().manual_seed(0),
+        )
+        return AsyPPOTrainer._warmup_prompts(trainer, [])
+
+    assert rows(2, 0) + rows(2, 1) == rows(1, 0)
+    assert rows(2, 0) != rows(2, 1)

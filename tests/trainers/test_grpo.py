@@ -4,12 +4,14 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
+from trl_entropy.trainers.rollout_contact import RolloutContact
 
 ALL_CONTROLS = {
     "erc_low": 0.95,
@@ -199,3 +201,24 @@ def test_model_card_names_methods_settings_and_papers(make_trainer, tmp_path):
     os.makedirs(plain.args.output_dir, exist_ok=True)
     plain.create_model_card(model_name="tiny")
     assert "2512.05591" not in Path(plain.args.output_dir, "README.md").read_text()
+
+
+def test_a_window_at_an_epochs_end_has_fewer_micro_batches(make_trainer):
+    trainer = make_trainer(epo_coef=0.1, gradient_accumulation_steps=4, steps_per_generation=4)
+    trainer.model.train()
+    for micro_batches, share in ((4, 40.0), (1, 10.0)):
+        trainer.current_gradient_accumulation_steps = micro_batches
+        assert trainer._per_window({"n": torch.tensor(40)}, "n", "x") == share
+
+
+def test_each_process_reads_its_own_rewards():
+    accelerator = SimpleNamespace(process_index=1)
+    trainer = SimpleNamespace(
+        _rewards_per_func=torch.arange(8.0).unsqueeze(1), reward_weights=torch.ones(1), accelerator=accelerator
+    )
+    assert RolloutContact._local_rewards(trainer, 4).tolist() == [4.0, 5.0, 6.0, 7.0]
+
+
+def test_evaluation_has_groups_of_its_own_size(make_trainer):
+    trainer = make_trainer(qae_quantile=0.4, num_generations_eval=2, per_device_eval_batch_size=2)
+    assert math.isfinite(trainer.evaluate(trainer.train_dataset.select(range(3)))["eval_loss"])

@@ -166,3 +166,19 @@ def test_evaluation_before_the_training(make_trainer):
     trainer = make_trainer(par_schedule="epoch", num_train_epochs=3, max_steps=-1)
     metrics = trainer.evaluate(trainer.train_dataset.select(range(4)))
     assert math.isfinite(metrics["eval_loss"])
+
+
+def test_the_last_rollout_is_the_last_where_epochs_end_in_smaller_steps(make_trainer, tiny_dataset):
+    """Three micro-batches an epoch, two a step: 8 steps, but 12 rollouts."""
+    trainer = make_trainer(
+        par_schedule="stage",
+        steps_per_generation=1,
+        gradient_accumulation_steps=2,
+        num_train_epochs=4,
+        max_steps=-1,
+        train_dataset=tiny_dataset.select(range(6)),
+    )
+    trainer.train()
+    assert trainer.state.max_steps == 8
+    assert trainer._context().total_steps == 12
+    assert logged(trainer, "par/actuator")[-1] == pytest.approx(1.0)

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.trainers.test_grpo import ALL_CONTROLS, assert_same_weights, logged, weights
 from trl_entropy import EntropyGRPOTrainer, entropy_controlled
-from trl_entropy.trainers.resume import last_complete_checkpoint
+from trl_entropy.trainers.resume import ExactResume, last_complete_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -287,3 +288,12 @@ def test_a_checkpoint_of_a_release_with_fewer_controls_goes_on(make_trainer, tmp
 
 
 EPO_RUN = {"epo_coef": 0.1, "steps_per_generation": 4, "learning_rate": 1e-2}
+
+
+def test_position_after_a_smaller_step_at_an_epochs_end():
+    """Three micro-batches an epoch, two a step: the third step is the first of the second epoch."""
+    accelerator = SimpleNamespace(num_processes=1)
+    args = SimpleNamespace(gradient_accumulation_steps=2, steps_per_generation=1)
+    trainer = SimpleNamespace(_train_sampler=range(24), _train_batch_size=8, accelerator=accelerator, args=args)
+    found = [ExactResume._position(trainer, steps) for steps in range(5)]
+    assert found == [(0, 0), (0, 2), (1, 3), (1, 5), (2, 6)]

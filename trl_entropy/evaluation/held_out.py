@@ -1,10 +1,13 @@
 """The accuracy of a policy in memory on the held-out problems of a task."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from trl_entropy.evaluation.estimates import estimate_proportion
 from trl_entropy.tasks import Task
@@ -43,11 +46,31 @@ class Measure:
     def _num_correct(self, model: Any, **generation: Any) -> int:
         columns = {key: list(self.problems[key]) for key in self.problems.column_names}
         prompts = columns.pop("prompt")
-        encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
         model.eval()
-        with torch.random.fork_rng(devices=[]):
+        gpus = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus), _without_own_settings(model):
             torch.manual_seed(self.seed)
             ids = model.generate(**encoded, max_new_tokens=self.length, **generation)
         completions = self.tokenizer.batch_decode(ids[:, encoded.input_ids.shape[1] :], skip_special_tokens=True)
         rewards = [reward(prompts=prompts, completions=completions, **columns) for reward in self.task.reward_funcs]
         return sum(sum(of_problem) >= 1.0 for of_problem in zip(*rewards, strict=True))
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Have a model generate without the sampling settings that it came with, which training does not use either.
+
+    `generate` falls back on them for all that it is not told, such as a repetition penalty. PEFT hands the adapter's
+    on to the model below it.
+    """
+    holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    before = [holder.generation_config for holder in holders]
+    tokens = {name: getattr(before[-1], name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+    for holder in holders:
+        holder.generation_config = GenerationConfig(**tokens)
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own

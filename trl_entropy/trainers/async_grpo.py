@@ -37,7 +37,7 @@ from .async_samples import TaggedMetrics, as_rollout, per_token, sample_ids
 from .card import add_methods
 from .dropout import warn_of_dropout
 from .recording import add_recorder
-from .resume import UNREADABLE
+from .resume import UNREADABLE, on_all_processes, steps_of
 from .weight_versions import WeightVersions
 
 __all__ = ["SUPPORTED", "EntropyAsyncGRPOConfig", "EntropyAsyncGRPOTrainer"]
@@ -285,28 +285,35 @@ class EntropyAsyncGRPOTrainer(AsyncContact):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
+        # `self.state` may be that of a new run: transformers 4 reads the checkpoint's after this
+        self._micro_step = steps_of(checkpoint) * self.args.gradient_accumulation_steps
         if self.active.states:
             self._load_controls(checkpoint)
 
     def _load_controls(self, checkpoint: str) -> None:
-        """Continue from the controls' states: this process's own, or else what they have in common."""
+        """Continue from the controls' states: each process's own if all have it, or else what they have in common."""
+        state, own, problem = self._read_controls(checkpoint)
+        own, known = on_all_processes(self.accelerator, own, state is not None)
+        if state is None or not known:
+            problem = problem or f"another process cannot read {checkpoint}"
+            warnings.warn(f"{problem}: the controls begin anew.", stacklevel=2)
+        elif missing := self.active.load_state_dict(state, own=own):
+            warnings.warn(f"The checkpoint has no state of {' and '.join(missing)}: it begins anew.", stacklevel=2)
+
+    def _read_controls(self, checkpoint: str) -> tuple[dict[str, Any] | None, bool, str]:
+        """What this process or else the first one saved, whether it is this one's own, and what cannot be read."""
         # `accelerator.device` numbers the CPU by rank, which `torch.load` refuses
         device = self.accelerator.device if self.accelerator.device.type != "cpu" else "cpu"
+        problem = ""
         for process in (self.accelerator.process_index, 0):
             path = self._controls_path(checkpoint, process)
             try:
                 state = torch.load(path, map_location=device, weights_only=True)
                 own = process == self.accelerator.process_index
-                own = own and state["num_processes"] == self.accelerator.num_processes
-                missing = self.active.load_state_dict(state["controls"], own=own)
+                return state["controls"], own and state["num_processes"] == self.accelerator.num_processes, problem
             except UNREADABLE as error:
                 problem = f"{path} cannot be read ({type(error).__name__})"
-                continue
-            if missing:
-                warnings.warn(f"The checkpoint has no state of {' and '.join(missing)}: it begins anew.", stacklevel=2)
-            return
-        warnings.warn(f"{problem}: the controls begin anew.", stacklevel=2)
+        return None, False, problem
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)

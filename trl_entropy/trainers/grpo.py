@@ -133,9 +133,8 @@ class EntropyControlMixin(GRPOContact):
             constant_ratio=self.loss_type == "cispo",
             training=self.mode == "train",
             step=self._step // micro_batches,
-            total_steps=max(
-                1, math.ceil(self.state.max_steps * self.args.gradient_accumulation_steps / micro_batches)
-            ),
+            # an epoch may end in a step of fewer micro-batches
+            total_steps=max(1, math.ceil(self._position(self.state.max_steps)[1] / micro_batches)),
             sum_over_processes=self._sum_over_processes,
             gather=self._gather,
             group_size=self.num_generations if self.mode == "train" else self.num_generations_eval,

@@ -70,13 +70,19 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 
 def _is_complete(checkpoint: str) -> bool:
     try:
-        _steps_of(checkpoint)
+        steps_of(checkpoint)
         return True
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _steps_of(checkpoint: str | os.PathLike[str]) -> int:
+def on_all_processes(accelerator: Any, *flags: bool) -> list[bool]:
+    """Which of these hold on every process; all of them must call it."""
+    local = torch.tensor([flags], device=accelerator.device)
+    return accelerator.gather(local.int()).bool().all(0).tolist()
+
+
+def steps_of(checkpoint: str | os.PathLike[str]) -> int:
     with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
         return json.load(file)["global_step"]
 
@@ -122,7 +128,7 @@ class ExactResume(Trainer):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
-        self._steps_before = _steps_of(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else 0
+        self._steps_before = steps_of(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else 0
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -175,7 +181,7 @@ class ExactResume(Trainer):
             return
         self.load_controls(checkpoint)
         # `self.state` may be that of a new run: transformers 4 reads the checkpoint's after this
-        epochs, self._step = self._position(_steps_of(checkpoint))
+        epochs, self._step = self._position(steps_of(checkpoint))
         self._advance_train_sampler(epochs)
         self._resume_rollout(checkpoint)
 
@@ -195,7 +201,7 @@ class ExactResume(Trainer):
         own = state is not None and state["num_processes"] == self.accelerator.num_processes
         if state is None:
             state, _ = self._read_rollout(self._rollout_path(checkpoint, process=0))
-        own, known = self._on_all_processes(own, state is not None)
+        own, known = on_all_processes(self.accelerator, own, state is not None)
         if state is not None and known:
             self.load_control_state(state["controls"], own=own)
             reason = self._other_settings(state, checkpoint) or reason
@@ -216,10 +222,6 @@ class ExactResume(Trainer):
             return {name: state[name] for name in SAVED} | {"settings": state.get("settings", {})}, None
         except UNREADABLE as error:
             return None, f"{path} cannot be read ({type(error).__name__})"
-
-    def _on_all_processes(self, *flags: bool) -> list[bool]:
-        local = torch.tensor([flags], device=self.accelerator.device)
-        return self.accelerator.gather(local.int()).bool().all(0).tolist()
 
     def _other_settings(self, state: dict[str, Any], checkpoint: str) -> str | None:
         """In words, how the checkpoint's settings of a rollout differ from this run's."""
