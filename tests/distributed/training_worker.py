@@ -1,7 +1,8 @@
 """Trains a tiny policy with every control, on the processes that this script is launched with.
 
-Six steps of all weights, six of LoRA and six of all weights with critics that have a rollout of warm-up, each with a checkpoint after the third, in the middle of a rollout; with
-`--resume`, the last three of them from that checkpoint. Every process writes what it ended with.
+Six steps of all weights, six of LoRA, and six of all weights with critics that first have a rollout to themselves;
+each with a checkpoint after the third, in the middle of a rollout. With `--resume`, the last three of them from there.
+Every process writes what it ended with.
 
     accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 --mixed_precision no \
         tests/distributed/training_worker.py MODEL FOLDER [--resume]
