@@ -39,8 +39,8 @@ def run_part(name: str, folder: Path, seconds: float, dry_run: bool) -> str:
     """Make a part for at most that long; what became of it."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     environment |= {"PART_SECONDS": str(seconds), **ARITHMETIC}
-    for name_of_other in OTHER_ARITHMETIC:
-        environment.pop(name_of_other, None)
+    for variable in OTHER_ARITHMETIC:
+        environment.pop(variable, None)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     with open(folder / LOG, "ab") as log:
         log.write(f"=== {name}\n".encode())
