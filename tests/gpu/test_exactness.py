@@ -31,7 +31,7 @@ LOSS_TOLERANCE = 1e-5
 MODEL_TOLERANCE = 1e-4
 """Of the whole pass in float32; one token is about 1 % of the gradient's norm."""
 MARGIN = 1e-5
-"""From a bound, in ratios: three times what float32 is off by there. By estimate one seed of six has a closer token."""
+"""From a bound, in ratios: three times what float32 is off by there. By estimate one seed of six has one closer."""
 FORWARD = "_get_per_token_logps_and_entropies"
 
 
