@@ -72,6 +72,7 @@ def _tests(file: str, tried: str) -> Callable[[Book, bool], None]:
     def make(book: Book, dry_run: bool) -> None:
         chosen = ["-k", tried] if dry_run else []
         os.environ["GPU_TESTS_ON"] = "cpu" if dry_run else "cuda"
+        os.environ.pop("PYTEST_ADDOPTS", None)  # one GPU: never in parallel, and the book is this process's
         arguments = [str(ROOT / "tests/gpu" / file), "-q", "-p", "no:cacheprovider", "--tb=short", *chosen]
         code = pytest.main(arguments, plugins=[Recorder(book)])
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):

@@ -122,7 +122,11 @@ def test_no_arm_is_begun_that_would_not_end(tmp_path: Path, monkeypatch: pytest.
     assert begun.count("asyppo") == 10
 
 
-def test_tests_that_cannot_be_collected_fail_the_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tests_that_cannot_be_collected_fail_the_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPU_TESTS_ON", "cpu")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-n 2")  # with which pytest would say that there were no tests
     book = Book(tmp_path / "heads.json", MACHINE)
     with pytest.raises(SystemExit, match="pytest: "):
         parts._tests("test_that_is_not_there.py", "")(book, True)
