@@ -229,6 +229,14 @@ def test_plan_has_every_run_once_in_the_registered_order():
     assert sorted(run.name for share in shares for run in share) == sorted(names)
 
 
+def test_the_first_arms_have_ten_seeds_at_their_own_rates_before_the_others_begin():
+    names = [run.name for run in plan.remaining({})]  # where every own rate is the common one
+    first_of_rest = names.index(f"sums/{arms.REST[0]}/1e-05/0")
+    before = {f"sums/{arm}/1e-05/{seed}" for arm, seed in product(arms.MAIN, (*arms.SEEDS, *arms.MORE_SEEDS))}
+    assert before <= set(names[:first_of_rest])
+    assert not any(f"/{arm}/" in name for arm in arms.REST for name in names[:first_of_rest])
+
+
 def test_more_seeds_at_the_common_rate_come_last():
     results, order = {}, []
     for run in plan.plan(results):

@@ -118,10 +118,10 @@ def plan(results: Results, arms: Sequence[str] = (BASE, *ARMS, BEST)) -> Iterato
     if CONTROL in arms:
         # first, whether its entropy collapses and its reward stops rising
         yield from (Run(TASK, CONTROL, MIDDLE_RATE, seed) for seed in SEEDS)
-    for stage in (MAIN, REST):
+    for stage, seeds in ((MAIN, (*SEEDS, *MORE_SEEDS)), (REST, SEEDS)):
         chosen = [arm for arm in stage if arm in arms]
         yield from (Run(TASK, arm, MIDDLE_RATE, seed) for seed in SEEDS for arm in chosen)
-        yield from _tuned(TASK, chosen, SEEDS, results)
+        yield from _tuned(TASK, chosen, seeds, results)
     decisive = [arm for arm in (*DECISIVE, extra_arm(results)) if arm in arms]
     yield from _tuned(TASK, decisive, MORE_SEEDS, results)
     if BEST in arms and best_pair(results):
