@@ -51,18 +51,24 @@ def test_trains_without_the_plots(recipe: WriteRecipe, monkeypatch: pytest.Monke
 def test_built_in_task_builds_its_policy(
     recipe: WriteRecipe, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a model the task makes one in `output_dir/policy`, once, with the run's seed."""
+    """Without a model the task makes one in `output_dir/policy`, with the run's seed, and a resumed run keeps it."""
     built: list[tuple[str, int]] = []
 
     def build(output_dir: str, seed: int) -> str:
         built.append((output_dir, seed))
-        return shutil.copytree(tiny_model_path, output_dir)
+        return shutil.copytree(tiny_model_path, output_dir, dirs_exist_ok=True)
 
     monkeypatch.setattr(arithmetic, "TASK", replace(arithmetic.TASK, build_policy=build))
     fields = {"dataset_name": None, "reward_funcs": None, "model_name_or_path": None, "task": "arithmetic"}
-    train.main([*recipe(**fields, seed=5), "--task_args", '{"size": 32}', "--max_steps", "1"])
+    argv = [*recipe(**fields), "--task_args", '{"size": 32}', "--save_strategy", "steps", "--save_steps", "1"]
+    train.main([*argv, "--seed", "5", "--max_steps", "1"])
     assert built == [(str(Path("run/policy")), 5)]
     assert "rewards/exact_answer_reward/mean" in log_history()[0]
+    train.main([*argv, "--seed", "6", "--max_steps", "1"])
+    assert [seed for _, seed in built] == [5, 6]
+    train.main([*argv, "--seed", "6", "--max_steps", "2", "--resume_from_checkpoint", "true"])
+    assert log_history()[-1]["step"] == 2
+    assert [seed for _, seed in built] == [5, 6]
 
 
 def test_a_pretrained_model_by_name(
