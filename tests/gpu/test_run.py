@@ -239,7 +239,8 @@ def test_versions_are_those_of_ci() -> None:
 
 def test_without_a_gpu_a_test_that_is_required_to_run_fails() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "REQUIRED": "gpu", "PYTHONPATH": str(run.ROOT)}
-    environment.pop("GPU_TESTS_ON", None)
+    for name in ("GPU_TESTS_ON", "PYTEST_ADDOPTS"):
+        environment.pop(name, None)
     chosen = ["tests/gpu/test_exactness.py", "-k", "without and float32", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *chosen], env=environment, cwd=run.ROOT, capture_output=True, text=True
