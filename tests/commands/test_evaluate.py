@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,17 +245,6 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_the_model_is_loaded(
     Path("long.jsonl").write_text(json.dumps({"prompt": "1+" * 70, "answer": "70"}), encoding="utf-8")
     with pytest.raises(SystemExit, match="Choose problems with shorter prompts"):
         run("--dataset_file", "long.jsonl", "--max_new_tokens", "4")
-
-
-def test_the_engine_has_room_for_the_longest_of_several_suites(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(measure, "_load", lambda arguments, checkpoint, longest: asked.append(longest))
-    suites = [
-        SimpleNamespace(missing=lambda: [(0, 0)], longest=longest, complete=lambda engine, batch_size: None)
-        for longest in (40, 90, 60)
-    ]
-    measure._complete(SimpleNamespace(batch_size=8), SimpleNamespace(), suites)  # type: ignore[arg-type]
-    assert asked == [90]
 
 
 def test_unknown_fields_are_one_line(workplace: Path) -> None:
