@@ -4,6 +4,7 @@ import dis
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 from types import CodeType
 from typing import Any
@@ -135,11 +136,15 @@ def stored_attributes(cls: type) -> set[str]:
     """The attributes that the methods of a class store on its objects, as `self.name = ...` does."""
     methods = (value for value in vars(cls).values() if callable(value) and not isinstance(value, staticmethod))
     codes = (getattr(inspect.unwrap(method), "__code__", None) for method in methods)
-    return {name for code in codes if code is not None and code.co_argcount for name in _stores(code, code)}
+    return {name for code in codes if code is not None and code.co_argcount for name in _stored(code)}
 
 
-def _stores(code: CodeType, method: CodeType) -> Iterator[str]:
-    this = method.co_varnames[0]
+@cache
+def _stored(method: CodeType) -> frozenset[str]:
+    return frozenset(_stores(method, method.co_varnames[0]))
+
+
+def _stores(code: CodeType, this: str) -> Iterator[str]:
     # a large number of a name is a step of its own before the one that it belongs to
     steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
     for before, step in pairwise(steps):
@@ -150,4 +155,4 @@ def _stores(code: CodeType, method: CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         # in a function within it this name may be another object's
         if isinstance(inner, CodeType) and this in inner.co_freevars:
-            yield from _stores(inner, method)
+            yield from _stores(inner, this)
