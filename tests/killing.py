@@ -3,8 +3,14 @@
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+# tqdm's own is shared by all forks: of one that is killed while it holds the lock, no other process ever gets it back
+tqdm.set_lock(threading.RLock())
 
 
 def killed_at_random(work: Callable[[], object], kills: int, longest: float, seed: int = 0) -> Iterator[None]:

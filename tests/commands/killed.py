@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.killing  # noqa: F401 - for its lock of progress bars
 from tests.commands.small_quickstart import make_small
 from trl_entropy.commands.cli import COMMANDS
 

@@ -1,0 +1,16 @@
+"""The forks that tests kill, and what is left of them."""
+
+import threading
+
+from transformers.utils import logging
+
+from tests.killing import killed_at_random
+
+
+def test_killed_in_a_progress_bar_it_leaves_the_other_processes_theirs() -> None:
+    lock = logging.tqdm(disable=True).get_lock()
+    for _ in killed_at_random(lock.acquire, kills=2, longest=0.2):
+        bars = threading.Thread(target=lambda: list(logging.tqdm(range(3))), daemon=True)
+        bars.start()
+        bars.join(timeout=10)
+        assert not bars.is_alive()
