@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
@@ -22,13 +23,15 @@ def killed_at_random(work: Callable[[], object], kills: int, longest: float, see
         longest: The latest moment of a kill, seconds.
         seed: Seeds the moments.
     """
-    moments = random.Random(seed)
+    moments, parent = random.Random(seed), os.getpid()
     for _ in range(kills):
         child = os.fork()
         if child == 0:
             try:
-                while True:
+                while os.getppid() == parent:
                     work()
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         time.sleep(moments.uniform(0.0, longest))

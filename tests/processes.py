@@ -22,9 +22,9 @@ def on_processes(monkeypatch: pytest.MonkeyPatch, count: int, run: Callable[...,
 
         def exchange(value: Tensor) -> list[Tensor]:
             sent[rank] = value
-            barrier.wait(10)
+            barrier.wait(60)
             everything = list(sent)
-            barrier.wait(10)
+            barrier.wait(60)
             return everything
 
         return run(

@@ -128,5 +128,7 @@ from trl_entropy import *
 print([name for name in ("matplotlib", "math_verify", "vllm") if name in sys.modules])
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, timeout=300
+    )
     assert done.stdout.strip() == "[]"

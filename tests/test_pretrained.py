@@ -110,11 +110,13 @@ def test_processes_at_once_convert_once(tmp_path: Path, cache: Path, source: Pat
 
 def test_killed_in_the_middle(tmp_path: Path, cache: Path, source: Path, conversions: list[Path]) -> None:
     worker = start_worker(tmp_path, source, "hang")
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == "in the middle\n"
-    assert not (cache / SMOLLM2).exists()
-    worker.kill()
-    worker.wait()
+    try:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "in the middle\n"
+        assert not (cache / SMOLLM2).exists()
+    finally:
+        worker.kill()
+        worker.wait()
     resolve_model(SMOLLM2)
     assert len(conversions) == 1
     assert_whole(cache)

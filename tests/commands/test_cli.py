@@ -48,7 +48,7 @@ def test_hands_the_rest_of_the_line_to_the_command(monkeypatch: pytest.MonkeyPat
 
 def test_train_help_lists_the_fields() -> None:
     command = [sys.executable, "-m", "trl_entropy.commands.cli", "train", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     for field in ("--task", "--task_args", "--dataset_name", "--reward_funcs", "--erc_low", "--ce_gppo_alpha1"):
         assert f" {field} " in done.stdout
     assert done.stdout.splitlines()[0] == "usage: trl-entropy train --config FILE [--FIELD VALUE ...]"

@@ -1,19 +1,15 @@
 """`trl-entropy eval` end to end on a tiny model and a local file: results, interruption, resumption and refusals."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
 
-import trl_entropy
+from tests.children import kill_when
 from tests.commands.conftest import full_disk
 from trl_entropy import EntropyGRPOTrainer
 from trl_entropy.commands import train
@@ -125,16 +121,9 @@ def test_killed_and_run_again_it_ends_like_an_uninterrupted_run(workplace: Path,
     expected = run(*arguments, out="whole")
     all_seeds, path = list(drawn), Path("out", "samples", "m", "rows.jsonl")
     drawn.clear()
+    command = ["-m", "trl_entropy.commands.evaluate", "--model", "m", "--output_dir", "out", *SETTINGS, *arguments]
     # the pause gives the time to kill it
-    environment = {**os.environ, "PYTHONPATH": str(Path(trl_entropy.__file__).parents[1]), "PAUSE": "0.3"}
-    words = ["--model", "m", "--output_dir", "out", *SETTINGS, *arguments]
-    with subprocess.Popen([sys.executable, "-m", "trl_entropy.commands.evaluate", *words], env=environment) as process:
-        deadline = time.monotonic() + 300
-        while not (path.exists() and path.read_bytes().count(b"\n") > 4):
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+    kill_when(lambda: path.exists() and path.read_bytes().count(b"\n") > 4, command, PAUSE="0.3")
     with path.open("ab") as file:
         file.write(b'{"problem": 5, "sample": 7, "rew')
     kept = path.read_bytes().rpartition(b"\n")[0]

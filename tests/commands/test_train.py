@@ -2,10 +2,7 @@
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.children import kill_when, run_python
 from tests.commands.conftest import WriteRecipe, full_disk, log_history
 from trl_entropy import pretrained
 from trl_entropy.commands import train
 from trl_entropy.tasks import arithmetic
-from trl_entropy.trainers.resume import last_complete_checkpoint
+from trl_entropy.trainers.resume import last_complete_checkpoint, steps_of
 
 
 def test_trains_and_saves(recipe: WriteRecipe, tiny_model_path: str) -> None:
@@ -112,19 +110,15 @@ def test_killed_on_a_procedural_task_it_goes_on_where_it_was(recipe: WriteRecipe
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 20, "lr_scheduler_type": "constant"}
     argv = recipe(dataset_name=None, task="reasoning_gym", task_args=task, epo_coef=0.01, **saving)
     train.main([*argv, "--output_dir", "whole"])
-    command = [sys.executable, "-m", "trl_entropy.commands.train", *argv, "--output_dir", "killed"]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 300
-        while not Path("killed/checkpoint-6/trainer_state.json").exists():
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+    command = ["-m", "trl_entropy.commands.train", *argv, "--output_dir", "killed"]
+
+    def reached() -> str | None:
+        checkpoint = last_complete_checkpoint("killed")
+        return checkpoint if checkpoint and steps_of(checkpoint) >= 6 else None
+
+    kill_when(reached, command)
     assert not Path("killed/model.safetensors").exists()
-    complete = sorted(Path("killed").glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)
-    before = log_history(str(complete[-1].parent))
+    before = log_history(reached() or "")
     train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto"])
     after = log_history("killed")
     assert after[: len(before)] == before  # their step times too
@@ -217,11 +211,7 @@ def launch(count: int, argv: list[str]) -> None:
     """Run the command under `accelerate launch`; on a machine without a GPU, two processes talk over gloo."""
     kind = "--multi_gpu" if count > 1 else "--cpu"
     launcher = ["-m", "accelerate.commands.launch", kind, f"--num_processes={count}", "--main_process_port=0"]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "trl_entropy.commands.train", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python([*launcher, "-m", "trl_entropy.commands.train", *argv])
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForTokenClassification
 
 from tests.critics.conftest import make_rollout
-from tests.leave import leave
+from tests.worker import work
 from trl_entropy.critics import CriticEnsemble, highest_fraction, load_critic, lowest_fraction
 
 # transformers then gives the weights to the first process of a node alone
@@ -153,8 +153,7 @@ def main() -> None:
     results |= {"selection": selections(rank, processes), "forwards": counts, "processes": processes}
     if rank == 0:
         torch.save(results, folder / "results.pt")
-    leave()
 
 
 if __name__ == "__main__":
-    main()
+    work(main)

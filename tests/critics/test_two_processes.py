@@ -1,33 +1,28 @@
 """Two processes with sharded critics give the values, updates and selections of one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForTokenClassification
 
+from tests.children import run_processes
 from trl_entropy.critics import state_values
 
 from .conftest import make_rollout
 from .ensemble_worker import ROWS, SETTINGS, TOKENS, VOCABULARY
 
+pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("ensemble_worker.py")
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model_path, tmp_path_factory):
     """Folders of the worker's results on one and on two processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
     folders = []
     for count in (1, 2):
         folder = tmp_path_factory.mktemp(f"critics_on_{count}")
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        command = [sys.executable, *launcher, str(WORKER), tiny_model_path, str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_processes(count, WORKER, tiny_model_path, folder)
         folders.append(folder)
     return folders
 

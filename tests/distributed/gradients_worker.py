@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from tests.leave import leave
+from tests.worker import work
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 
 ROWS, PROMPT, TOKENS, STEPS_PER_GENERATION = 8, 3, 7, 4
@@ -172,8 +172,7 @@ def main() -> None:
         results = {case: run_case(model, folder, case) for case in CASES}
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(results, output)
-    leave()
 
 
 if __name__ == "__main__":
-    main()
+    work(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tests.distributed.training_worker import build
-from tests.leave import leave
+from tests.worker import work
 
 
 def main() -> None:
@@ -27,9 +27,7 @@ def main() -> None:
         "warnings": [str(warning.message) for warning in caught],
     }
     torch.save(found, Path(folder) / f"ended-rank{trainer.accelerator.process_index}.pt")
-    del trainer
-    leave()
 
 
 if __name__ == "__main__":
-    main()
+    work(main)

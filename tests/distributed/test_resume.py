@@ -1,9 +1,6 @@
 """A checkpoint resumed by other processes than those that saved it, and one that lost a process's part."""
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.children import run_processes
+
+pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("resume_worker.py")
 
 
@@ -20,13 +20,7 @@ def launch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     def run(processes: int, checkpoint: Path | None = None) -> tuple[Path, list[dict[str, Any]]]:
         folder = tmp_path_factory.mktemp(f"{processes}_processes")
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        arguments = [str(WORKER), tiny_model_path, str(folder), *([str(checkpoint)] if checkpoint else [])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-        environment |= {"CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, *launcher, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_processes(processes, WORKER, tiny_model_path, folder, *([checkpoint] if checkpoint else []))
         return folder, [torch.load(folder / f"ended-rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
     return run

@@ -1,16 +1,16 @@
 """Token rewards of a group that is spread over two processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.children import run_processes
+
 from . import token_level_worker as worker
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(worker.__file__)
 
 
@@ -20,11 +20,7 @@ def results(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> l
     found = []
     for count in (1, 2):
         folder = tmp_path_factory.mktemp(f"{count}_processes")
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
-        command = [sys.executable, *launcher, str(SCRIPT), tiny_model_path, str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_processes(count, SCRIPT, tiny_model_path, folder)
         found.append([torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(count)])
     return found
 

@@ -1,15 +1,15 @@
 """Two processes give the gradients and metrics of one on the same global batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.children import run_processes
+
 from .gradients_worker import CASES, CONTROLS
 
+pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("gradients_worker.py")
 
 
@@ -17,14 +17,10 @@ WORKER = Path(__file__).with_name("gradients_worker.py")
 def results(tiny_model_path, tmp_path_factory):
     """The worker's results on one and on two processes."""
     folder = tmp_path_factory.mktemp("two_processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
     found = []
     for count in (1, 2):
         output = folder / f"{count}.pt"
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        command = [sys.executable, *launcher, str(WORKER), tiny_model_path, str(output)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_processes(count, WORKER, tiny_model_path, output)
         found.append(torch.load(output, weights_only=True))
     return found
 

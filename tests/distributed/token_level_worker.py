@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from tests.leave import leave
+from tests.worker import work
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
 
 GROUP, EOS = 8, 1
@@ -108,8 +108,7 @@ def main() -> None:
             "weights": {name: value.detach().clone() for name, value in trainer.model.named_parameters()},
         }
     torch.save(found, Path(folder) / f"rank{rank}.pt")
-    leave()
 
 
 if __name__ == "__main__":
-    main()
+    work(main)

@@ -24,7 +24,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, TrainerState
 
-from tests.leave import leave
+from tests.worker import work
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 
 CONTROLS = {
@@ -174,8 +174,7 @@ def main() -> None:
     for policy in POLICIES:
         run(model, Path(folder), policy, "--resume" in sys.argv)
         gc.collect()  # the trainer's DDP wrapper must go before the process group
-    leave()
 
 
 if __name__ == "__main__":
-    main()
+    work(main)

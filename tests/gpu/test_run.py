@@ -17,8 +17,10 @@ from tests.gpu.book import Book, read
 
 MACHINE = {"device": "NVIDIA Card 1", "torch": "2"}
 OVERHEAD = {"arm": "all", "seconds_median": 1.0, "time_ratio_median": 1.01, "time_ratio_quartiles": [1.0, 1.02]}
-SLEEPER = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); {}; time.sleep(60)"
-CHILD = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); open(sys.argv[1], 'w').write('on')"
+SLEEP = f"time.sleep(60.{os.getpid():07d})"
+"""As no other process here sleeps."""
+SLEEPER = f"import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); {{}}; {SLEEP}"
+CHILD = f"subprocess.Popen([sys.executable, '-c', 'import time; {SLEEP}']); open(sys.argv[1], 'w').write('on')"
 
 
 @pytest.mark.slow
@@ -85,7 +87,7 @@ def test_a_part_that_fails_or_hangs_loses_no_other(
         run.main(["--parts", *scripts, "--folder", str(tmp_path / "run")])
     assert time.monotonic() - began < 20
     assert started.read_text(encoding="utf-8") == "on"
-    assert "time.sleep" not in running()
+    assert not running()
     shown = capsys.readouterr().out
     assert "what was wrong\n\nheads: exit status 3" in shown
     assert "| exactness (out of time) | not measured yet |" in shown
@@ -98,7 +100,7 @@ def test_a_part_that_fails_or_hangs_loses_no_other(
 def running() -> str:
     """The commands of the processes that this one's user has started, from the test on."""
     files = Path("/proc").glob("[0-9]*/cmdline")
-    return "\n".join(text for file in files if "time.sleep(60)" in (text := _text(file)))
+    return "\n".join(text for file in files if SLEEP in (text := _text(file)))
 
 
 def _text(file: Path) -> str:
@@ -243,7 +245,12 @@ def test_without_a_gpu_a_test_that_is_required_to_run_fails() -> None:
         environment.pop(name, None)
     chosen = ["tests/gpu/test_exactness.py", "-k", "without and float32", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *chosen], env=environment, cwd=run.ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *chosen],
+        env=environment,
+        cwd=run.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 1
     assert "1 error" in done.stdout, done.stdout

@@ -2,13 +2,13 @@
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+
+from tests.children import run_processes
 
 pytest.importorskip("trl.experimental.ppo", reason="trl.experimental.ppo is in TRL 1.12 alone")
 
@@ -16,11 +16,7 @@ WORKER = Path(__file__).with_name("two_processes_worker.py")
 
 
 def test_processes_agree_and_save(tiny_model_path, tmp_path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(WORKER), tiny_model_path, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_processes(2, WORKER, tiny_model_path, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["history"] == second["history"]
     assert len(first["history"]) == 1  # the second rollout is not over until a third begins

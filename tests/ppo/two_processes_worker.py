@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForSequenceClassification, set_seed
 
-from tests.leave import leave
+from tests.worker import work
 from trl_entropy.ppo import EntropyPPOConfig, EntropyPPOTrainer
 
 CONTROLS = {"erc_low": 0.95, "erc_high": 1.05, "ce_gppo_alpha1": 0.75, "ce_gppo_alpha2": 1.0, "epo_coef": 0.1}
@@ -59,8 +59,7 @@ def main(policy: str, folder: str) -> None:
         {"adapters": adapters, "history": trainer.active.states["epo"].steps, "logs": trainer.state.log_history},
         Path(folder) / f"rank{trainer.accelerator.process_index}.pt",
     )
-    leave()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    work(main, *sys.argv[1:])

@@ -1,11 +1,6 @@
 """`trl-entropy train` and `report` on the pretrained model: killed and resumed, recorded, and shown."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.children import kill_when
 from trl_entropy.commands import report, train
 from trl_entropy.telemetry.record import TokenRecord, read_record
+from trl_entropy.trainers.resume import last_complete_checkpoint
 
 from .conftest import SCHEDULE
 
@@ -84,16 +81,8 @@ def log_history(run: Path) -> list[dict[str, float]]:
 
 
 def kill_after_the_first_checkpoint(recipe: Path, run: Path) -> None:
-    command = [sys.executable, "-m", "trl_entropy.commands.train", "--config", str(recipe), "--output_dir", str(run)]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 300
-        while not (run / "checkpoint-1/trainer_state.json").exists():
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+    command = ["-m", "trl_entropy.commands.train", "--config", str(recipe), "--output_dir", str(run)]
+    kill_when(lambda: last_complete_checkpoint(str(run)), command, OMP_NUM_THREADS=str(torch.get_num_threads()))
     assert not list(run.glob("*.safetensors"))
 
 

@@ -1,15 +1,14 @@
 """Two processes (DDP) take the optimizer steps of one, on the pretrained model."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.children import run_processes
 
 from .two_processes_worker import CASES, run
 
@@ -22,11 +21,7 @@ WORKER = Path(__file__).with_name("two_processes_worker.py")
 def folder_of_two(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes ended with."""
     folder = tmp_path_factory.mktemp("two_processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(WORKER), tiny_model_path, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_processes(2, WORKER, tiny_model_path, folder, timeout=600)
     return folder
 
 

@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 
-from tests.leave import leave
+from tests.worker import work
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer, EntropyGRPOConfig, EntropyGRPOTrainer
 
 CONTROLS: dict[str, Any] = {
@@ -112,8 +112,7 @@ def main() -> None:
         if PartialState().is_main_process:
             torch.save(found, Path(folder, f"{case}.pt"))
         gc.collect()  # the trainer's DDP wrapper must go before the process group
-    leave()
 
 
 if __name__ == "__main__":
-    main()
+    work(main)

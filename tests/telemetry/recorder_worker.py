@@ -8,7 +8,7 @@ import sys
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from tests.leave import leave
+from tests.worker import work
 from trl_entropy import EntropyGRPOConfig, EntropyGRPOTrainer
 
 
@@ -42,9 +42,7 @@ def main() -> None:
     trainer = EntropyGRPOTrainer(model, parity_reward, args, prompts, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
-    del trainer
-    leave()
 
 
 if __name__ == "__main__":
-    main()
+    work(main)

@@ -1,8 +1,5 @@
 """The recorder: what it writes is what the training did, and the training is the one it would have been."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from tests.children import run_processes
 from tests.trainers.test_grpo import ALL_CONTROLS, assert_same_weights, logged, weights
 from trl_entropy import AsyPPOConfig, AsyPPOTrainer
 from trl_entropy.telemetry import recorder as module
@@ -252,17 +250,9 @@ def test_config_refuses_what_cannot_be_recorded(make_trainer: Any) -> None:
 WORKER = Path(__file__).with_name("recorder_worker.py")
 
 
-def run_worker(processes: int, *arguments: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, str(WORKER), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.mark.slow
 def test_two_processes_record_their_own_completions(tiny_model_path: str, tmp_path: Path) -> None:
-    run_worker(2, tiny_model_path, str(tmp_path))
+    run_processes(2, WORKER, tiny_model_path, str(tmp_path))
     record = read_record(tmp_path)
     assert record is not None
     column = record.sampled.column
@@ -273,7 +263,7 @@ def test_two_processes_record_their_own_completions(tiny_model_path: str, tmp_pa
         assert set(column("completion")[of_process].tolist()) <= set(range(8 * process, 8 * process + 8))
     before = record.where(record.column("step") <= 3)
     # one process goes on from the checkpoint: what both recorded after it is made anew, by one
-    run_worker(1, tiny_model_path, str(tmp_path), str(tmp_path / "checkpoint-3"))
+    run_processes(1, WORKER, tiny_model_path, str(tmp_path), str(tmp_path / "checkpoint-3"))
     resumed = read_record(tmp_path)
     assert resumed is not None
     assert resumed.where(resumed.column("step") <= 3).table.equals(before.table)

@@ -185,7 +185,7 @@ def test_killed_at_random_moments_it_has_every_step_that_it_wrote(make_recorder:
             recorder.add(make_micro_batch(step=step, micro_step=step - 1))
             recorder.flush()
 
-    reached = [last_step() for _ in killed_at_random(go_on, kills=4, longest=0.5)]
+    reached = [last_step() for _ in killed_at_random(go_on, kills=4, longest=1.0)]
     record = read_record(tmp_path)
     assert record is not None
     assert reached == sorted(reached)

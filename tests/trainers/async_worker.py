@@ -11,8 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tests.leave import leave
 from tests.trainers import async_parts
+from tests.worker import work
 from trl_entropy.trainers.async_controls import SUPPORTED
 
 SAMPLES = 8
@@ -84,8 +84,7 @@ def main(model: str, output: str) -> None:
         found = {name: run(model, state.num_processes, fields) for name, fields in CASES.items()}
         if state.is_main_process:
             torch.save(found, output)
-    leave()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    work(main, *sys.argv[1:])

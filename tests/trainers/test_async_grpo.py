@@ -3,9 +3,6 @@
 import copy
 import functools
 import math
-import os
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -18,6 +15,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from tests.children import run_processes
 from trl_entropy.controls import CONTROLS
 from trl_entropy.telemetry.record import read_record
 from trl_entropy.trainers.async_controls import SUPPORTED
@@ -84,17 +82,14 @@ def test_recording_changes_no_bit(make_async: Callable[..., Any], tmp_path: Any)
 def on_processes(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The worker's results on one and on two processes."""
     folder, script = tmp_path_factory.mktemp("async"), Path(async_worker.__file__)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
     found = []
     for count in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        command = [sys.executable, *launcher, str(script), tiny_model_path, str(folder / f"{count}.pt")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_processes(count, script, tiny_model_path, folder / f"{count}.pt")
         found.append(torch.load(folder / f"{count}.pt", weights_only=True))
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", async_worker.CASES)
 def test_two_processes_are_one(on_processes: list[dict[str, Any]], case: str) -> None:
     one, two = (results[case] for results in on_processes)

@@ -1,5 +1,6 @@
 """AsyPPO on a policy whose values are known exactly."""
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -55,6 +56,7 @@ def known_values():
     return torch.linalg.solve(torch.eye(len(chain), dtype=torch.float64) - going_on, chain[:, end] * payoff)
 
 
+@pytest.mark.slow
 def test_critics_learn_the_known_values_and_the_policy_then_improves(make_trainer, tiny_model_path, monkeypatch):
     warm_up, found = 30, []
     trainer = make_trainer(

@@ -4,6 +4,7 @@ import functools
 import multiprocessing
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -89,8 +90,10 @@ def test_a_class_below_one_that_is_made_is_pickled_by_its_name(tmp_path: Path) -
 def test_a_spawned_worker_makes_the_same_classes(tmp_path: Path) -> None:
     cls = entropy_controlled(ScaledTrainer)
     config = cls.config_class(output_dir=str(tmp_path), erc_low=0.9, erc_high=1.1, bf16=False, use_cpu=True)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(checked_elsewhere, (pickle.dumps((cls, config)),)) == ("EntropyScaledTrainer", 0.9)
+    # of which one that dies is an error, where a pool of `multiprocessing` would start the next for ever
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(checked_elsewhere, pickle.dumps((cls, config))).result(timeout=300)
+    assert found == ("EntropyScaledTrainer", 0.9)
 
 
 class NoArgsTrainer(GRPOTrainer):

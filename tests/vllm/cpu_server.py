@@ -137,7 +137,7 @@ def answers(url: str, server: subprocess.Popen[bytes], timeout: float = 480.0) -
     """Whether the server is ready to answer within `timeout` seconds."""
     end = time.monotonic() + timeout
     while server.poll() is None and time.monotonic() < end:
-        with suppress(OSError), urllib.request.urlopen(f"{url}/health"):
+        with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=10):
             return True
         time.sleep(0.5)
     return False

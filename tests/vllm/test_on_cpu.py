@@ -53,7 +53,7 @@ def test_the_command_trains_with_vllm_in_its_process(tiny_model_path: str, tmp_p
     environment = {**os.environ, **cpu_engine.VLLM_SETTINGS, "PYTHONPATH": str(ROOT)}
     for name in cpu_engine.LAUNCHER_VARIABLES:
         environment.pop(name, None)
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     state = json.loads((tmp_path / "run/trainer_state.json").read_text(encoding="utf-8"))
     key = "sampling/sampling_logp_difference/mean"
