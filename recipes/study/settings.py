@@ -58,6 +58,7 @@ PPO = {
     "num_critics": 1,
     "critic_learning_rate": 1e-3,
     "critic_warmup_rollouts": 2,
+    "bootstrap_truncated": True,
     "advantage_mask_fraction": 0.0,
     "entropy_filter_fraction": 0.0,
     "entropy_coef": 0.001,

@@ -111,7 +111,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "gae_gamma": (CRITICS, {"gae_gamma": 0.5}, POLICY),
     "gae_lambda": (CRITICS, {"gae_lambda": 0.5}, POLICY),
     "critic_gae_lambda": (CRITICS, {"critic_gae_lambda": 0.5}, CRITIC),
-    "bootstrap_truncated": (CRITICS, {"bootstrap_truncated": False}, CRITIC),
+    "bootstrap_truncated": (CRITICS, {"bootstrap_truncated": True}, CRITIC),
     "whiten_advantages": (CRITICS, {"whiten_advantages": False}, POLICY),
     "advantage_mask_fraction": (CRITICS, {"advantage_mask_fraction": 0.5}, POLICY),
     "entropy_filter_fraction": (CRITICS, {"entropy_filter_fraction": 0.9}, POLICY),

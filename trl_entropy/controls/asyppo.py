@@ -117,7 +117,7 @@ def critic_explains_nothing(log_history: LogHistory) -> Finding | None:
         return None
     remedy = (
         "They fit noise: try a smaller critic_learning_rate, critic_num_epochs=1 or more completions per rollout, and "
-        "bootstrap_truncated=False where a truncated completion has failed."
+        "leave bootstrap_truncated=False where a truncated completion has failed."
         if share < NOISY_VARIANCE
         else "If the share still rises, try critic_warmup_rollouts or a larger critic_learning_rate. If not, these "
         "critics cannot tell from a state how its completion ends: take critics that know the task better, or the "
@@ -157,7 +157,7 @@ ASYPPO = Control(
     summary="Advantages from the mean of small critics that each train on their own share of every prompt's "
     "completions. Tokens on which the critics agree get advantage 0, those on which they disagree most no "
     "entropy bonus.",
-    published="the defaults; 32 completions a prompt",
+    published="2 critics, `critic_gae_lambda` 1, fractions 0.2; 32 completions a prompt",
     paper="Asymmetric Proximal Policy Optimization: mini-critics boost LLM reasoning",
     arxiv="2510.01656",
     fields=(

@@ -13,7 +13,7 @@ from .importance import ratio_of
 from .tokens import PolicyTokens, TokenMean, in_float32
 
 PUBLISHED_DELTAS = {"tv": 0.15, "kl": 0.05}
-"""Of the authors' example: a difference of probabilities, and nats."""
+"""Of verl's example: a difference of probabilities, and nats."""
 PROBABILITY_FLOOR = 1e-8
 """Of `1 - p`, below what a float32 log-prob near 0 can tell from 0."""
 

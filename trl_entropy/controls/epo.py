@@ -304,6 +304,9 @@ EPO = Control(
     ),
     remedies=(
         ("entropy_collapse", "epo_coef=0.001"),
-        ("entropy_oscillation", "epo_coef=0.02 with epo_penalty=2 (those published, 0.001 and 0.1, smooth less)"),
+        (
+            "entropy_oscillation",
+            "epo_coef=0.02 with epo_penalty=2 (the paper's 0.001, and its penalty below 0.5, smooth less)",
+        ),
     ),
 )

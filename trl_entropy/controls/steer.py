@@ -50,7 +50,8 @@ def entropy_change(advantages: Tensor, ratio: Tensor, logps: Tensor, entropies: 
     `p = exp(lp)` and `r = p / p_old`. To first order a step along the token's policy gradient changes the entropy by
     this, up to the step size. The power of `1 - p` is the released code's, 1; a name in it says 2, and the text of
     the paper could not be compared. By second-hand accounts the paper also has PPO-clip's indicator as a factor: a
-    clipped token has no gradient to weigh, and none is clipped where the scale is taken, so it would change nothing.
+    clipped token has no gradient to weigh, and none is clipped where the scale is taken, so it would change nothing,
+    but beside CE-GPPO, which gives clipped tokens a gradient back, and KL-Cov, which has no clip.
 
     Args:
         advantages: `(B, T)`.

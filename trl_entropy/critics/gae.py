@@ -80,7 +80,8 @@ def generalized_advantages(episodes: Episodes, *, gamma: float, lam: float) -> T
 
 
 def critic_targets(episodes: Episodes, *, gamma: float, lam: float) -> Tensor:
-    """Lambda-returns `R_t = A_t + V_t` that the critics learn; with `lam=1` the Monte-Carlo return of the paper.
+    """Lambda-returns `R_t = A_t + V_t` that the critics learn; with `lam=1` the Monte-Carlo return of the paper
+    where no completion is marked as truncated.
 
     Args:
         episodes: `B` completions of up to `T` tokens.

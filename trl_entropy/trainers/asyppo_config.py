@@ -23,10 +23,11 @@ class AsyPPOConfig(CriticFields, EntropyGRPOConfig):
             Discount per model-written token, in [0, 1].
         gae_lambda (`float`, *optional*, defaults to `1.0`):
             Lambda of the advantages' GAE, in [0, 1].
-        bootstrap_truncated (`bool`, *optional*, defaults to `True`):
+        bootstrap_truncated (`bool`, *optional*, defaults to `False`):
             Whether a completion that was cut off at `max_completion_length` ends in the value of its last state
-            instead of 0. Its own reward counts on top of that value: where truncated completions are rewarded and the
-            policy stops ending them, values grow without bound, so set it to `False` for such a reward.
+            instead of 0, as if more would follow. Ours: the paper has returns as they are. Its own reward counts on
+            top of that value: where truncated completions are rewarded and the policy stops ending them, values grow
+            without bound.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
             Whether the advantages get mean 0 and standard deviation 1 over the valid tokens of the global batch.
 
@@ -40,7 +41,7 @@ class AsyPPOConfig(CriticFields, EntropyGRPOConfig):
     gae_gamma: float = field(default=1.0, metadata={"help": "AsyPPO: discount per model-written token."})
     gae_lambda: float = field(default=1.0, metadata={"help": "AsyPPO: lambda of the advantages' GAE."})
     bootstrap_truncated: bool = field(
-        default=True, metadata={"help": "AsyPPO: truncated completions end in the value of their last state."}
+        default=False, metadata={"help": "AsyPPO: truncated completions end in the value of their last state."}
     )
     whiten_advantages: bool = field(
         default=True, metadata={"help": "AsyPPO: whiten the advantages over the global batch."}
@@ -61,4 +62,4 @@ class AsyPPOConfig(CriticFields, EntropyGRPOConfig):
             raise ValueError(f"critic_warmup_rollouts={self.critic_warmup_rollouts} must be at least 0.")
         for name in ("gae_gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]. Published: 1.")
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]. Default: 1.")
