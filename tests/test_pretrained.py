@@ -100,6 +100,7 @@ def test_a_damaged_file_is_made_anew(
     assert_whole(cache)
 
 
+@pytest.mark.slow
 def test_processes_at_once_convert_once(tmp_path: Path, cache: Path, source: Path) -> None:
     workers = [start_worker(tmp_path, source) for _ in range(2)]
     outputs = [worker.communicate(timeout=120)[0].strip() for worker in workers]

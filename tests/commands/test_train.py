@@ -103,6 +103,7 @@ def test_resume_equals_an_uninterrupted_run(recipe: WriteRecipe) -> None:
         assert torch.equal(whole[name], halves[name]), name
 
 
+@pytest.mark.slow
 def test_killed_on_a_procedural_task_it_goes_on_where_it_was(recipe: WriteRecipe) -> None:
     """SIGKILL while it trains: the steps up to the last checkpoint are not taken again, and the end is the same."""
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: pip install 'trl_entropy[gym]'")

@@ -133,6 +133,7 @@ def test_saving_again_replaces_the_folder(make_critic, rollout, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["critics"]
 
 
+@pytest.mark.slow
 def test_killed_save_leaves_the_former_one(make_critic, tiny_model_path, tmp_path):
     """Killed while weights, a state file or the folder's name are written, then resumed and saved again."""
     former = ensemble(make_critic)
