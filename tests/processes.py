@@ -22,9 +22,9 @@ def on_processes(monkeypatch: pytest.MonkeyPatch, count: int, run: Callable[...,
 
         def exchange(value: Tensor) -> list[Tensor]:
             sent[rank] = value
-            barrier.wait(60)
+            barrier.wait(10)
             everything = list(sent)
-            barrier.wait(60)
+            barrier.wait(10)
             return everything
 
         return run(

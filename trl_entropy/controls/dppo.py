@@ -34,8 +34,8 @@ class DPPOFields:
             The same for a token with a positive advantage that has become more probable. Default and published: 0.15
             for `"tv"`, 0.05 for `"kl"`.
         dppo_truncation (`float`, *optional*, defaults to `10.0`):
-            Upper bound of the importance ratio that weighs a gradient, at least 1. The authors' code: 10 by default,
-            10000 in an example; `inf` is the paper's loss.
+            Upper bound of the importance ratio that weighs a gradient, at least 1. The authors' code: 10 by default;
+            verl's example: 10000; `inf` is the paper's loss.
     """
 
     dppo_divergence: str | None = field(
@@ -162,9 +162,9 @@ def dppo(
     ratio exactly 1, `old_logps = sg(lp)`, inside every clip range. The top-K forms are not here: they need more of the
     sampler than the sampled token's log-prob.
 
-    The paper's text was not at hand: formulas and settings are those of the authors' code (`sail-sg/Stable-RL`), which
-    measures from the log-probs that the inference engine sampled by; other copies of it measure from those that the
-    trainer computes again.
+    The paper's text was not at hand: the formulas are those of the authors' code (`sail-sg/Stable-RL`), the settings
+    those of verl's example. That code measures from the log-probs that the inference engine sampled by; other copies
+    of it measure from those that the trainer computes again.
 
     Args:
         tokens: The micro-batch.
